@@ -1,0 +1,1 @@
+"""One job per module, nothing else. A new job is a new file here and a line in `schedules/`."""

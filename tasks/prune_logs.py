@@ -1,0 +1,151 @@
+"""The guide's retention rule (delete activity older than 90 days), made safe. See docs/prune-logs.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from worker.errors import Refused
+from worker.job import Batch, Finding, Job, Plan, Shard, Tally, Verdict
+from worker.params import param, to_json
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from worker.archive import ArchivedObject
+    from worker.layouts.model import Keep, Layout, LogTable
+    from worker.means import Means
+    from worker.rowset import RowSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneLogs(Job):
+    """Delete log rows older than the retention period, archived to S3 first.
+
+    Rows that the app still reads as state stay and are counted under `left` with the reason. Tables that
+    must never be pruned refuse and say why.
+    """
+
+    name = "prune-logs"
+    action = "maintenance.logs_pruned"
+
+    older_than: timedelta = param(
+        timedelta(days=90), metavar="AGE", help="Retention period: rows older than this go (90d, 12h, 2w)."
+    )
+    company: tuple[UUID, ...] = param((), metavar="ID", help="Only this company; repeatable. Default: all.")
+    table: str = param("activity_log", metavar="NAME", help="The log to prune.")
+    archive: bool = param(
+        True,
+        help="Write the rows to S3 and read them back before they go.",
+        off="--without-archive",
+    )
+    keep_security: bool = param(
+        False,
+        help="Leave security events (auth.*, secret.*, ...) in place.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.older_than <= timedelta(0):
+            raise Refused("--older-than must be above zero")
+
+    @property
+    def subject(self) -> str:
+        return self.table
+
+    @property
+    def exclusion(self) -> str:
+        return f"{self.name} {self.table}"
+
+    @property
+    def archives(self) -> bool:
+        return self.archive
+
+    def needs(self, layout: Layout) -> Iterable[sa.Table]:
+        return layout.log(self.table).reads()
+
+    def check(self, means: Means) -> None:
+        log = means.layout.log(self.table)
+        if log.company is not None:
+            means.require_companies(self.company)
+        elif self.company:
+            raise Refused(f"--company: the rows of {self.table} belong to no company")
+        if self.keep_security and log.security is None:
+            raise Refused(f"--keep-security: {self.table} does not say which rows are security events")
+
+    def plan(self, means: Means) -> Plan:
+        targets, left = self._expired(means).count(means.connection)
+        log = means.layout.log(self.table)
+        notes = [f"{keep.reason}: {keep.why}" for keep in self._keeps(log)]
+        if not log.record:
+            notes.append(f"{self.table} holds credentials: its rows are deleted and never archived")
+        elif not self.archive:
+            notes.append("without archive: what goes cannot be brought back")
+        return Plan(
+            job=self.name,
+            params=to_json(self),
+            layout=means.layout.name,
+            now=means.now,
+            targets=targets,
+            left=left,
+            notes=tuple(notes),
+        )
+
+    def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:
+        return self._expired(means).shards(means.connection, plan.targets, archive=self._archived(means.layout))
+
+    def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:
+        return self._expired(means).claim(means.connection, shard, after, limit, contended=means.contended)
+
+    def preserve(self, means: Means, batch: Batch) -> tuple[ArchivedObject, ...]:
+        return means.archive(self._expired(means), batch) if self._archived(means.layout) else ()
+
+    def apply(self, means: Means, batch: Batch) -> Tally:
+        return self._expired(means).delete(means.connection, batch)
+
+    def verify(self, means: Means) -> Verdict:
+        targets, left = self._expired(means).count(means.connection)
+        findings = [
+            Finding(table=one.table, company=one.company, rows=one.rows, what="expired rows are still there")
+            for one in targets
+        ]
+        if self._archived(means.layout):
+            findings += [
+                Finding(
+                    table=self.table,
+                    company=None,
+                    rows=0,
+                    what=f"archive object {key} is not what was written",
+                )
+                for key in means.damaged()
+            ]
+        return Verdict(findings=tuple(findings), left=left)
+
+    def finish(self, means: Means) -> Mapping[str, Any]:
+        if not self._archived(means.layout):
+            return {}
+        facts: dict[str, object] = {
+            "job": self.name,
+            "params": to_json(self),
+            "layout": means.layout.name,
+            "run": str(means.run),
+            "table": self.table,
+            "horizon": means.now.isoformat(),
+            "cutoff": self._cutoff(means).isoformat(),
+        }
+        return {"archive": means.index_archive(self.table, facts)}
+
+    def _expired(self, means: Means) -> RowSet:
+        log = means.layout.log(self.table)
+        return means.rows(log, cutoff=self._cutoff(means), companies=self.company, keeps=self._keeps(log))
+
+    def _keeps(self, log: LogTable) -> tuple[Keep, ...]:
+        return (*log.keeps, *log.security_keep()) if self.keep_security else log.keeps
+
+    def _archived(self, layout: Layout) -> bool:
+        return self.archive and layout.log(self.table).record
+
+    def _cutoff(self, means: Means) -> datetime:
+        return means.now - self.older_than

@@ -1,0 +1,201 @@
+"""Archive objects: JSON lines in zstd, one company each, read back before a row may go.
+
+A key ends in the digest of its bytes, so a worker that lost its bite can only ever write the same bytes again
+under the same key; what no manifest names is a leftover and is swept when the run finishes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+from uuid import UUID
+
+import zstandard
+
+from worker import canonical, db
+from worker.errors import ArchiveTampered, Refused, StorageFault
+from worker.storage import Store, read_digest
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+# zstd-3 costs 0.4 s per 100 MB less than it saves in upload; level 9 would be the bottleneck (performance.md).
+_LEVEL = 3
+_SPOOL = 8 << 20
+_FLUSH = 256 << 10
+INSTANCE = "instance"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchivedObject:
+    """One object of an archive: rows of one table and company between two ages (PostgreSQL text, UTC)."""
+
+    table: str
+    company: str | None
+    key: str
+    rows: int
+    bytes: int
+    raw_bytes: int
+    sha256: str
+    first: str
+    last: str
+
+
+def root(table: str, run: UUID) -> str:
+    """Where a run's archive of a table lives, below the worker's prefix."""
+    return f"archive/{table}/run={run}/"
+
+
+def write(
+    store: Store, connection: sa.Connection, query: sa.Select[Any], *, table: str, run: UUID
+) -> tuple[ArchivedObject, ...]:
+    """Stream `query` (company, age, JSON row) into one object per company, and read each back.
+
+    Raises StorageFault when the store does not give back the very bytes; nothing may be deleted then.
+    """
+    spools: dict[bytes, _Spool] = {}
+    try:
+        _fill(spools, connection, query)
+        return tuple(_store(store, spool, company, table, run) for company, spool in sorted(spools.items()))
+    finally:
+        for spool in spools.values():
+            spool.close()
+
+
+def _fill(spools: dict[bytes, _Spool], connection: sa.Connection, query: sa.Select[Any]) -> None:
+    statement, parameters = db.copy_statement(connection, query)
+    with db.driver(connection).cursor() as cursor, cursor.copy(statement, parameters) as copy:
+        for data in copy:
+            company, age, line = bytes(data).split(b"\x02", 2)
+            spool = spools.get(company)
+            if spool is None:
+                spool = spools[company] = _Spool()
+            spool.add(age, line)
+
+
+class _Spool:
+    """One object in the making: compressed on the way in, on disk when it grows."""
+
+    def __init__(self) -> None:
+        self.body: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=_SPOOL)  # noqa: SIM115 - closed by write()
+        self._zstd = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
+        self._lines: list[bytes] = []
+        self._held = 0
+        self.rows = 0
+        self.raw = hashlib.sha256()
+        self.raw_bytes = 0
+        self.first = self.last = b""
+
+    def add(self, age: bytes, line: bytes) -> None:
+        if line.count(b"\n") > 1:
+            # Only the white space between tokens of a `json` column can hold one; JSON lines must not.
+            line = line.strip(b"\x01\n").replace(b"\n", b" ") + b"\n"
+        self._lines.append(line)
+        self._held += len(line)
+        self.rows += 1
+        self.last = max(self.last, age)
+        if age < self.first or not self.first:
+            self.first = age
+        if self._held >= _FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        chunk = b"".join(self._lines)
+        self.raw.update(chunk)
+        self.raw_bytes += len(chunk)
+        self.body.write(self._zstd.compress(chunk))
+        self._lines, self._held = [], 0
+
+    def seal(self) -> tuple[str, int]:
+        """Complete the object; its SHA-256 (hex) and size in bytes."""
+        self._flush()
+        self.body.write(self._zstd.flush())
+        size = self.body.tell()
+        self.body.seek(0)
+        return hashlib.file_digest(self.body, "sha256").hexdigest(), size  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self.body.close()
+
+
+def _store(store: Store, spool: _Spool, company: bytes, table: str, run: UUID) -> ArchivedObject:
+    sha256, size = spool.seal()
+    whose = company.decode() or None
+    window = f"{_stamp(spool.first)}--{_stamp(spool.last)}--{sha256[:16]}"
+    key = f"{root(table, run)}company={whose or INSTANCE}/{window}.jsonl.zst"
+    store.put(key, spool.body, sha256=sha256)
+    _read_back(store, key, sha256=sha256, raw=spool.raw.hexdigest())
+    return ArchivedObject(
+        table=table,
+        company=whose,
+        key=key,
+        rows=spool.rows,
+        bytes=size,
+        raw_bytes=spool.raw_bytes,
+        sha256=sha256,
+        first=spool.first.decode(),
+        last=spool.last.decode(),
+    )
+
+
+def _read_back(store: Store, key: str, *, sha256: str, raw: str) -> None:
+    """The store's own bytes must have the digest, and unpack to the very lines PostgreSQL sent."""
+    packed, plain = hashlib.sha256(), hashlib.sha256()
+    unpack = zstandard.ZstdDecompressor().decompressobj()
+    try:
+        for chunk in store.read(key):
+            packed.update(chunk)
+            plain.update(unpack.decompress(chunk))
+    except zstandard.ZstdError as error:
+        raise StorageFault(f"{key}: the store gave back other bytes than were written") from error
+    if packed.hexdigest() != sha256 or plain.hexdigest() != raw:
+        raise StorageFault(f"{key}: the store gave back other bytes than were written")
+
+
+def _stamp(age: bytes) -> str:
+    """PostgreSQL's `2026-05-01 10:00:00.12+00` as `20260501T100000.12Z`."""
+    return re.sub(r"[-:]", "", age.decode().removesuffix("+00")).replace(" ", "T") + "Z"
+
+
+def check(store: Store, objects: Iterator[ArchivedObject] | list[ArchivedObject]) -> list[str]:
+    """The keys whose object is missing or no longer has its bytes. Reads every object whole."""
+    return [one.key for one in objects if read_digest(store, one.key) != one.sha256]
+
+
+def require_intact(store: Store, objects: list[ArchivedObject]) -> None:
+    """Raise ArchiveTampered, naming the first object, when an archive is not what was written."""
+    if damaged := check(store, objects):
+        raise ArchiveTampered(
+            f"archive object {damaged[0]} is missing or has other bytes than were written"
+            + (f", and so have {len(damaged) - 1} more" if len(damaged) > 1 else "")
+        )
+
+
+def write_manifest(store: Store, key: str, facts: dict[str, Any], objects: list[ArchivedObject]) -> str:
+    """Write the index of an archive, last, and read it back; its SHA-256 (hex). Safe to repeat."""
+    body = canonical.encode({**facts, "objects": [vars(one) for one in objects]})
+    sha256 = hashlib.sha256(body).hexdigest()
+    store.put(key, io.BytesIO(body), sha256=sha256)
+    if read_digest(store, key) != sha256:
+        raise StorageFault(f"{key}: the store gave back other bytes than were written")
+    return sha256
+
+
+def sweep_leftovers(store: Store, table: str, run: UUID, keep: set[str]) -> int:
+    """Remove what interrupted bites left below a run's root.
+
+    Returns how many had to stay because the credentials may not delete.
+    """
+    leftovers = [key for key in store.keys(root(table, run)) if key not in keep]
+    if not leftovers:
+        return 0
+    try:
+        store.delete(leftovers)
+    except Refused:
+        return len(leftovers)
+    return 0

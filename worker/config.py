@@ -1,0 +1,219 @@
+"""Settings: read once from the environment, every fault reported at once, secrets never printed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from worker.errors import SettingsError
+
+OUR_PREFIX = "PAPERCLIP_WORKER_"
+# Read by worker/embedded.py, which runs where no Settings exist yet.
+_NOT_SETTINGS = frozenset({"PAPERCLIP_WORKER_EMBEDDED_PG_BIN"})
+
+
+class Need(StrEnum):
+    """What a command cannot do without; `load` refuses when it is not configured."""
+
+    DATABASE = "DATABASE_URL"
+    BROKER = "PAPERCLIP_WORKER_BROKER_URL"
+    STORAGE = "PAPERCLIP_WORKER_S3_BUCKET"
+    SIGNING = "PAPERCLIP_WORKER_SIGNING_KEY_FILE"
+
+
+def _env(*names: str) -> Any:
+    return AliasChoices(*names)
+
+
+class Settings(BaseModel):
+    """Everything an operator can set, frozen. Names are the app's own where the meaning is the same."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    database_url: SecretStr | None = Field(None, validation_alias=_env("DATABASE_URL"))
+    broker_url: SecretStr | None = Field(None, validation_alias=_env("PAPERCLIP_WORKER_BROKER_URL"))
+
+    s3_bucket: str | None = Field(
+        None, validation_alias=_env("PAPERCLIP_WORKER_S3_BUCKET", "PAPERCLIP_STORAGE_S3_BUCKET")
+    )
+    s3_prefix: str = Field("paperclip-worker/", validation_alias=_env("PAPERCLIP_WORKER_S3_PREFIX"))
+    s3_region: str | None = Field(None, validation_alias=_env("PAPERCLIP_STORAGE_S3_REGION"))
+    s3_endpoint: str | None = Field(None, validation_alias=_env("PAPERCLIP_STORAGE_S3_ENDPOINT"))
+    s3_force_path_style: bool = Field(False, validation_alias=_env("PAPERCLIP_STORAGE_S3_FORCE_PATH_STYLE"))
+    app_s3_bucket: str | None = Field(None, validation_alias=_env("PAPERCLIP_STORAGE_S3_BUCKET"))
+    app_s3_prefix: str = Field("", validation_alias=_env("PAPERCLIP_STORAGE_S3_PREFIX"))
+
+    signing_key_file: Path | None = Field(None, validation_alias=_env("PAPERCLIP_WORKER_SIGNING_KEY_FILE"))
+    catalogue_file: Path | None = Field(None, validation_alias=_env("PAPERCLIP_WORKER_CATALOGUE_FILE"))
+
+    bite_seconds: Annotated[float, Field(ge=0.005, le=5)] = Field(
+        0.04, validation_alias=_env("PAPERCLIP_WORKER_BITE_SECONDS")
+    )
+    bite_rows: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        20_000, validation_alias=_env("PAPERCLIP_WORKER_BITE_ROWS")
+    )
+    lock_timeout: Annotated[float, Field(gt=0, le=60)] = Field(
+        0.2, validation_alias=_env("PAPERCLIP_WORKER_LOCK_TIMEOUT")
+    )
+    statement_timeout: Annotated[float, Field(gt=0, le=600)] = Field(
+        30, validation_alias=_env("PAPERCLIP_WORKER_STATEMENT_TIMEOUT")
+    )
+    scan_timeout: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        3600, validation_alias=_env("PAPERCLIP_WORKER_SCAN_TIMEOUT")
+    )
+    slice_seconds: Annotated[float, Field(gt=0, le=240)] = Field(
+        60, validation_alias=_env("PAPERCLIP_WORKER_SLICE_SECONDS")
+    )
+    parallel: Annotated[int, Field(ge=1, le=64)] = Field(2, validation_alias=_env("PAPERCLIP_WORKER_PARALLEL"))
+    max_replica_lag: Annotated[float, Field(gt=0)] = Field(
+        10, validation_alias=_env("PAPERCLIP_WORKER_MAX_REPLICA_LAG")
+    )
+    max_retained_wal: Annotated[int, Field(gt=0)] = Field(
+        4 << 30, validation_alias=_env("PAPERCLIP_WORKER_MAX_RETAINED_WAL")
+    )
+    rescue_after: Annotated[float, Field(ge=1, le=86_400)] = Field(
+        180, validation_alias=_env("PAPERCLIP_WORKER_RESCUE_AFTER")
+    )
+    metrics_port: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
+        None, validation_alias=_env("PAPERCLIP_WORKER_METRICS_PORT")
+    )
+
+    @field_validator("database_url")
+    @classmethod
+    def _a_postgres_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        import psycopg.conninfo  # noqa: PLC0415 - only a command with a database pays for the driver
+
+        if urlsplit(value.get_secret_value()).scheme not in {"postgres", "postgresql"}:
+            raise ValueError("must start with postgres:// or postgresql://")
+        try:
+            psycopg.conninfo.conninfo_to_dict(value.get_secret_value())
+        except psycopg.Error:
+            # The driver's message may quote a piece of the password.
+            raise ValueError("is not a URL the PostgreSQL client understands") from None
+        return value
+
+    @field_validator("broker_url")
+    @classmethod
+    def _a_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            parts = urlsplit(value.get_secret_value())
+            if parts.scheme not in {"redis", "rediss"} or not parts.hostname:
+                raise ValueError("must be a redis:// or rediss:// URL with a host")
+        return value
+
+    @field_validator("s3_endpoint")
+    @classmethod
+    def _an_http_url(cls, value: str | None) -> str | None:
+        if value is not None:
+            parts = urlsplit(value)
+            if parts.scheme not in {"http", "https"} or not parts.hostname:
+                raise ValueError("must be an http:// or https:// URL")
+        return value
+
+    @field_validator("s3_prefix")
+    @classmethod
+    def _a_folder(cls, value: str) -> str:
+        folder = value.strip("/")
+        if not folder or any(part in {"", ".", ".."} for part in folder.split("/")):
+            raise ValueError("must name a folder of the worker's own, such as paperclip-worker/")
+        return folder + "/"
+
+    @field_validator("signing_key_file", "catalogue_file")
+    @classmethod
+    def _a_file(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_file():
+            raise ValueError("names no file that can be read")
+        return value
+
+    @model_validator(mode="after")
+    def _apart_from_the_app(self) -> Settings:
+        app = self.app_s3_prefix.strip("/")
+        if app and self.s3_bucket == self.app_s3_bucket and f"{app}/".startswith(self.s3_prefix):
+            raise ValueError(
+                "PAPERCLIP_WORKER_S3_PREFIX holds the app's own PAPERCLIP_STORAGE_S3_PREFIX; choose another"
+            )
+        return self
+
+    def database(self) -> str:
+        """The libpq URL. Refused when it was not configured (callers name `Need.DATABASE`)."""
+        return _given(self.database_url, Need.DATABASE)
+
+    def broker(self) -> str:
+        """The broker's URL. Refused when it was not configured."""
+        return _given(self.broker_url, Need.BROKER)
+
+
+def _given(value: SecretStr | None, need: Need) -> str:
+    if value is None:
+        raise SettingsError(f"{need.value} is not set")
+    return value.get_secret_value()
+
+
+_HAS = {
+    Need.DATABASE: lambda s: s.database_url,
+    Need.BROKER: lambda s: s.broker_url,
+    Need.STORAGE: lambda s: s.s3_bucket,
+    Need.SIGNING: lambda s: s.signing_key_file,
+}
+
+
+def load(environ: Mapping[str, str] | None = None, *, needs: Iterable[Need] = ()) -> Settings:
+    """Settings from `environ` (default: the process's own).
+
+    Raises SettingsError naming every missing, malformed and misspelt variable in one line, and no value.
+    """
+    environ = os.environ if environ is None else environ
+    known = _names()
+    faults = [
+        f"{name} is not a setting of paperclip-worker"
+        for name in sorted(environ)
+        if name.startswith(OUR_PREFIX) and name not in known | _NOT_SETTINGS
+    ]
+    given: dict[str, Any] = {name: environ[name] for name in known if environ.get(name)}
+    settings = None
+    try:
+        settings = Settings.model_validate(given)
+    except ValidationError as error:
+        faults += [_fault(dict(item)) for item in error.errors(include_url=False, include_context=False)]
+    for need in needs:
+        if not (_HAS[need](settings) if settings else any(environ.get(n) for n in _spellings(need))):
+            faults.append(f"{need.value} is not set")
+    if faults or settings is None:
+        raise SettingsError("settings: " + "; ".join(faults))
+    return settings
+
+
+def _names() -> frozenset[str]:
+    return frozenset(
+        str(choice)
+        for field in Settings.model_fields.values()
+        if isinstance(field.validation_alias, AliasChoices)
+        for choice in field.validation_alias.choices
+    )
+
+
+def _spellings(need: Need) -> tuple[str, ...]:
+    return (need.value, "PAPERCLIP_STORAGE_S3_BUCKET") if need is Need.STORAGE else (need.value,)
+
+
+def _fault(item: Mapping[str, Any]) -> str:
+    message = str(item["msg"]).removeprefix("Value error, ")
+    where = ".".join(str(part) for part in item["loc"])
+    return f"{where} {message[0].lower()}{message[1:]}" if where else message

@@ -1,0 +1,170 @@
+"""Connections to the deployment's database: engines, bounded transactions, SQLSTATE to our errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import psycopg
+import sqlalchemy as sa
+from psycopg import errors as pg
+from sqlalchemy import exc
+from sqlalchemy.types import UserDefinedType
+
+from worker.errors import Contended, DatabaseGone, LedgerMissing, Refused, SchemaError
+
+if TYPE_CHECKING:
+    from worker.config import Settings
+
+APPLICATION_NAME = "paperclip-worker"
+
+# Waiting longer for these is pointless inside the transaction: the bite is rolled back and taken again.
+_CONTENDED = (pg.LockNotAvailable, pg.SerializationFailure, pg.DeadlockDetected)
+_GONE = (
+    pg.AdminShutdown,
+    pg.CrashShutdown,
+    pg.CannotConnectNow,
+    pg.TooManyConnections,
+    pg.ConnectionException,
+    pg.ConnectionFailure,
+    pg.ConnectionDoesNotExist,
+    pg.IdleInTransactionSessionTimeout,
+)
+
+
+class Tid(UserDefinedType[str]):
+    """PostgreSQL's row address `(block,offset)`; comparisons on it become TID range scans."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "tid"
+
+
+def engine(settings: Settings) -> sa.Engine:
+    """A pooled engine in REPEATABLE READ, so what a bite preserved is exactly what it then changes.
+
+    The URL stays in libpq's hands: every form the app accepts (`postgres://`, sslmode, ...) works here too.
+    """
+    url = settings.database()
+
+    def connect() -> psycopg.Connection[Any]:
+        # Prepared statements would switch to generic plans, which cannot estimate a TID range.
+        return psycopg.connect(url, application_name=APPLICATION_NAME, connect_timeout=10, prepare_threshold=None)
+
+    return sa.create_engine(
+        "postgresql+psycopg://", creator=connect, isolation_level="REPEATABLE READ", pool_pre_ping=True
+    )
+
+
+@contextmanager
+def transaction(on: sa.Engine, *, lock: float, statement: float, read_only: bool = False) -> Iterator[sa.Connection]:
+    """One transaction with its own timeouts in seconds; commits on success, rolls back on any error.
+
+    Raises Contended, DatabaseGone, LedgerMissing, Refused or SchemaError in place of the driver's errors;
+    their messages hold no row content.
+    """
+    with translated(), on.connect() as connection, connection.begin():
+        connection.execute(_BOUNDS, _bounds(lock=lock, statement=statement, read_only=read_only))
+        yield connection
+
+
+# Session-wide SET would leak through a transaction-pooling proxy; the third argument keeps each local.
+_BOUNDS = sa.select(
+    *(
+        sa.func.set_config(name, sa.bindparam(name), True)
+        for name in (
+            "lock_timeout",
+            "statement_timeout",
+            "idle_in_transaction_session_timeout",
+            "timezone",
+            "jit",
+            "transaction_read_only",
+        )
+    )
+)
+
+
+def _bounds(*, lock: float, statement: float, read_only: bool) -> dict[str, str]:
+    return {
+        "lock_timeout": f"{max(1, round(lock * 1000))}ms",
+        "statement_timeout": f"{max(1, round(statement * 1000))}ms",
+        # An upload may stand between two statements; a worker that died is still cut off.
+        "idle_in_transaction_session_timeout": "300s",
+        "timezone": "UTC",
+        "jit": "off",
+        "transaction_read_only": "on" if read_only else "off",
+    }
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise our errors in place of the driver's, by SQLSTATE."""
+    try:
+        yield
+    except (exc.DBAPIError, psycopg.Error) as error:
+        raise _translate(error) from error
+
+
+def _translate(error: exc.DBAPIError | psycopg.Error) -> Exception:
+    cause = error.orig if isinstance(error, exc.DBAPIError) else error
+    state = getattr(cause, "sqlstate", None)
+    if isinstance(cause, _GONE) or _lost(error, cause):
+        return DatabaseGone("the database cannot be reached, or ended the connection; check DATABASE_URL")
+    if isinstance(cause, pg.UndefinedTable) and "paperclip_worker." in str(cause):
+        return LedgerMissing("the ledger is not there; run `paperclip-worker db init`")
+    for kinds, ours, message in _MEANING:
+        if isinstance(cause, kinds):
+            return ours(f"{message} (SQLSTATE {state})")
+    return error
+
+
+_MEANING: tuple[tuple[tuple[type[Exception], ...], type[Exception], str], ...] = (
+    (_CONTENDED, Contended, "another transaction holds these rows"),
+    ((pg.QueryCanceled,), Contended, "a statement ran longer than PAPERCLIP_WORKER_STATEMENT_TIMEOUT"),
+    (
+        (pg.InvalidPassword, pg.InvalidAuthorizationSpecification, pg.InvalidCatalogName),
+        Refused,
+        "DATABASE_URL: the database refuses the login or does not exist",
+    ),
+    (
+        (pg.InsufficientPrivilege,),
+        Refused,
+        "the database role lacks a privilege; apply the SQL that `paperclip-worker db grants` prints",
+    ),
+    (
+        (pg.UndefinedTable, pg.UndefinedColumn),
+        SchemaError,
+        "the database lacks a table or column; see `paperclip-worker db check`",
+    ),
+)
+
+
+def _lost(error: exc.DBAPIError | psycopg.Error, cause: object) -> bool:
+    if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
+        return True
+    # libpq reports a lost or refused connection as an OperationalError without a SQLSTATE.
+    return isinstance(cause, psycopg.OperationalError) and cause.sqlstate is None
+
+
+def driver(connection: sa.Connection) -> psycopg.Connection[Any]:
+    """The psycopg connection beneath, for COPY; it shares the transaction."""
+    return cast("psycopg.Connection[Any]", connection.connection.driver_connection)
+
+
+def copy_statement(connection: sa.Connection, query: sa.Select[Any]) -> tuple[bytes, dict[str, Any]]:
+    """`COPY (query) TO STDOUT` in a CSV that never escapes JSON, with its parameters.
+
+    The delimiter and quote are control characters, which JSON text cannot contain unescaped.
+    """
+    compiled = query.compile(dialect=connection.dialect, compile_kwargs={"render_postcompile": True})
+    statement = f"COPY ({compiled}) TO STDOUT WITH (FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01')"
+    return statement.encode(), dict(compiled.params)
+
+
+def advisory_lock(connection: sa.Connection, name: str) -> None:
+    """Hold a named lock until the transaction ends; waits up to the transaction's lock timeout."""
+    connection.execute(
+        sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(f"paperclip-worker:{name}", 0)))
+    )

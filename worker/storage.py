@@ -1,0 +1,186 @@
+"""The object store: the only importer of boto3. Every fault of it becomes one of our errors."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Protocol
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+from worker.errors import Refused, StorageFault
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import ObjectIdentifierTypeDef
+
+    from worker.config import Settings
+
+CHUNK = 1 << 20
+# Up to this size one PUT carries its own checksum; beyond it parts do.
+_ONE_PUT = 32 << 20
+_FINAL = frozenset({"AccessDenied", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "404"})
+
+
+class Store(Protocol):
+    """Where archives go. Keys are relative to the worker's own prefix."""
+
+    def put(self, key: str, body: IO[bytes], *, sha256: str) -> None:
+        """Write an object whole or not at all; `sha256` (hex) is of the body."""
+
+    def read(self, key: str) -> Iterator[bytes]:
+        """The object's bytes, as the store has them now, in chunks."""
+
+    def keys(self, prefix: str) -> list[str]:
+        """Every key below a prefix."""
+
+    def delete(self, keys: list[str]) -> None:
+        """Remove objects; those that are gone already are no error."""
+
+
+class S3Store:
+    """Objects in the deployment's bucket under the worker's prefix.
+
+    Raises StorageFault for what may pass and Refused for what an operator must change (bucket, credentials).
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        if settings.s3_bucket is None:
+            raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set")
+        self._bucket = settings.s3_bucket
+        self._prefix = settings.s3_prefix
+        with _translated(self._bucket):
+            self._client: S3Client = boto3.session.Session().client(
+                "s3",
+                endpoint_url=settings.s3_endpoint,
+                region_name=settings.s3_region or "us-east-1",
+                config=Config(
+                    signature_version="s3v4",
+                    s3={"addressing_style": "path" if settings.s3_force_path_style else "auto"},
+                    connect_timeout=5,
+                    read_timeout=30,
+                    retries={"mode": "standard", "max_attempts": 3},
+                    user_agent_extra="paperclip-worker",
+                ),
+            )
+        # Two parts at a time: with ten, retries of a faulty network used up their quota (embedded.md §6).
+        self._transfer = TransferConfig(multipart_threshold=_ONE_PUT, multipart_chunksize=8 << 20, max_concurrency=2)
+
+    @property
+    def location(self) -> str:
+        """The prefix as a URL an operator recognises."""
+        return f"s3://{self._bucket}/{self._prefix}"
+
+    def check(self) -> None:
+        """Raise Refused or StorageFault when the bucket cannot be used at all."""
+        with _translated(self._bucket):
+            self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+
+    def put(self, key: str, body: IO[bytes], *, sha256: str) -> None:
+        size = body.seek(0, 2)
+        body.seek(0)
+        with _translated(self._bucket):
+            if size <= _ONE_PUT:
+                self._client.put_object(
+                    Bucket=self._bucket,
+                    Key=self._prefix + key,
+                    Body=body,
+                    ChecksumSHA256=base64.b64encode(bytes.fromhex(sha256)).decode(),
+                    Metadata={"sha256": sha256},
+                )
+            else:
+                self._client.upload_fileobj(
+                    body,
+                    self._bucket,
+                    self._prefix + key,
+                    ExtraArgs={"Metadata": {"sha256": sha256}, "ChecksumAlgorithm": "SHA256"},
+                    Config=self._transfer,
+                )
+
+    def read(self, key: str) -> Iterator[bytes]:
+        with _translated(self._bucket):
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
+            yield from answer["Body"].iter_chunks(CHUNK)
+
+    def keys(self, prefix: str) -> list[str]:
+        found: list[str] = []
+        with _translated(self._bucket):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._prefix + prefix
+            )
+            for page in pages:
+                found += [item["Key"].removeprefix(self._prefix) for item in page.get("Contents", [])]
+        return found
+
+    def delete(self, keys: list[str]) -> None:
+        with _translated(self._bucket):
+            for first in range(0, len(keys), 1000):
+                batch: list[ObjectIdentifierTypeDef] = [
+                    {"Key": self._prefix + key} for key in keys[first : first + 1000]
+                ]
+                answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True})
+                if answer.get("Errors"):
+                    raise Refused(f"bucket {self._bucket}: the credentials may not delete objects")
+
+
+class NullStore:
+    """Holds the last object only, long enough to be read back: what a rehearsal writes to."""
+
+    def __init__(self) -> None:
+        self._key = ""
+        self._body = b""
+
+    def put(self, key: str, body: IO[bytes], *, sha256: str) -> None:
+        body.seek(0)
+        self._key, self._body = key, body.read()
+        if hashlib.sha256(self._body).hexdigest() != sha256:
+            raise StorageFault(f"{key}: the body does not have the checksum it was announced with")
+
+    def read(self, key: str) -> Iterator[bytes]:
+        if key != self._key:
+            raise StorageFault(f"{key} is not in the store")
+        yield self._body
+
+    def keys(self, prefix: str) -> list[str]:
+        return [self._key] if self._key.startswith(prefix) else []
+
+    def delete(self, keys: list[str]) -> None:
+        if self._key in keys:
+            self._key, self._body = "", b""
+
+
+def read_digest(store: Store, key: str) -> str | None:
+    """SHA-256 (hex) of the object's bytes as they are in the store now; None when it is not there."""
+    found = hashlib.sha256()
+    try:
+        for chunk in store.read(key):
+            found.update(chunk)
+    except Missing:
+        return None
+    return found.hexdigest()
+
+
+class Missing(StorageFault):
+    """The object is not in the store."""
+
+
+@contextmanager
+def _translated(bucket: str) -> Iterator[None]:
+    try:
+        yield
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise Refused(f"bucket {bucket}: no S3 credentials; set AWS_ACCESS_KEY_ID or a profile") from error
+    except ClientError as error:
+        code = str(error.response.get("Error", {}).get("Code", "unknown"))
+        if code == "NoSuchKey":
+            raise Missing(f"bucket {bucket}: an object is not there") from error
+        if code in _FINAL:
+            raise Refused(f"bucket {bucket}: the store refuses ({code}); check bucket and credentials") from error
+        raise StorageFault(f"bucket {bucket}: the store answers {code}") from error
+    except BotoCoreError as error:
+        raise StorageFault(f"bucket {bucket}: cannot be reached ({type(error).__name__})") from error
