@@ -123,7 +123,7 @@ class PruneLogs(Job):
             ]
         return Verdict(findings=tuple(findings), left=left)
 
-    def finish(self, means: Means) -> Mapping[str, Any]:
+    def index(self, means: Means) -> Mapping[str, Any]:
         if not self._archived(means.layout):
             return {}
         facts: dict[str, object] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
@@ -16,6 +16,8 @@ from worker.errors import Contended, DatabaseGone, LedgerMissing, Refused, Schem
 
 if TYPE_CHECKING:
     from worker.config import Settings
+
+Transaction = AbstractContextManager[sa.Connection]
 
 APPLICATION_NAME = "paperclip-worker"
 

@@ -249,8 +249,15 @@ class Job(abc.ABC):
     def verify(self, means: Means) -> Verdict:
         """Whether the promise is kept now. Reads only."""
 
+    def index(self, means: Means) -> Mapping[str, Any]:  # noqa: ARG002
+        """Write the index of what was done so far outside the database, however the run ends. Safe to repeat.
+
+        What it returns goes into the receipt as evidence.
+        """
+        return {}
+
     def finish(self, means: Means) -> Mapping[str, Any]:  # noqa: ARG002
-        """The closing act outside the database, safe to repeat; what it returns goes into the receipt."""
+        """The irreversible closing act of a run that kept its promise. Safe to repeat; evidence as for `index`."""
         return {}
 
 

@@ -175,12 +175,16 @@ def create(
         with connection.begin_nested():
             connection.execute(sa.insert(RUNS).values(values))
     except exc.IntegrityError as error:
-        other = connection.execute(
-            sa.select(RUNS.c.id, RUNS.c.state).where(RUNS.c.exclusion == exclusion, RUNS.c.state.in_(ACTIVE))
-        ).one_or_none()
-        which = f"run {other.id} ({other.state})" if other else "another run"
-        raise UnderWay(f"{exclusion} is already under way: {which}; watch or stop that one first") from error
+        require_free(connection, exclusion)
+        raise UnderWay(f"{exclusion} was started by somebody else this moment") from error
     return run
+
+
+def require_free(connection: sa.Connection, exclusion: str) -> None:
+    """Raise UnderWay, naming the run, when the exclusion is taken."""
+    query = sa.select(RUNS.c.id, RUNS.c.state).where(RUNS.c.exclusion == exclusion, RUNS.c.state.in_(ACTIVE))
+    if other := connection.execute(query).one_or_none():
+        raise UnderWay(f"{exclusion} is already under way: run {other.id} ({other.state}); watch or stop it")
 
 
 def find(connection: sa.Connection, name: str) -> Run:
@@ -219,6 +223,13 @@ def step(connection: sa.Connection, run: Run, to: State, **values: Any) -> None:
         raise ValueError(f"a run cannot go from {run.state} to {to}")
     values |= {"state": to, "touched_at": sa.func.clock_timestamp()}
     connection.execute(sa.update(RUNS).where(RUNS.c.id == run.id).values(values))
+
+
+def reopen(connection: sa.Connection, run: Run) -> None:
+    """Take a stopped or failed, held run up again: at its cursors, or from the start when it never had any."""
+    require_free(connection, run.exclusion)
+    to = State.QUEUED if run.plan is None else State.RUNNING
+    step(connection, run, to, settled_at=None, error=None)
 
 
 def record_plan(connection: sa.Connection, run: UUID, plan: Plan) -> None:

@@ -62,7 +62,7 @@ class Activity:
     """One row of the host's activity log that tells a company what was done to it."""
 
     id: UUID
-    company: UUID
+    company: str
     action: str
     at: datetime
     details: Mapping[str, Any]

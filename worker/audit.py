@@ -1,0 +1,232 @@
+"""Receipts: canonical JSON, chained by hash, signed with Ed25519. What a run leaves as evidence.
+
+A receipt's hash covers its body, and its body the hash before it; the signature is over the hash. So a change,
+a gap, a swap or a forgery shows in `verify`, which needs nothing but the receipts and the public key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from worker import canonical
+from worker.errors import Refused, SettingsError
+from worker.ledger import RUNS, SCHEMA
+from worker.states import SETTLED
+
+GENESIS = "0" * 64
+
+_meta = sa.MetaData(schema=SCHEMA)
+RECEIPTS = sa.Table(
+    "receipts",
+    _meta,
+    sa.Column("seq", sa.BigInteger),
+    sa.Column("run_id", sa.Uuid),
+    *(sa.Column(name, sa.Text) for name in ("body", "hash", "signer", "signature")),
+    sa.Column("at", sa.DateTime(timezone=True)),
+)
+CHAIN = sa.Table("chain", _meta, sa.Column("seq", sa.BigInteger), sa.Column("hash", sa.Text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """One receipt as it is stored. `body` is the signed text itself."""
+
+    seq: int
+    run_id: UUID
+    body: str
+    hash: str
+    signer: str
+    signature: str
+    at: datetime
+
+    def to_json(self) -> dict[str, Any]:
+        return {**json.loads(self.body), "hash": self.hash, "signature": self.signature}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flaw:
+    """One thing wrong with the chain."""
+
+    seq: int
+    what: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"seq": self.seq, "what": self.what}
+
+
+class Signer:
+    """The deployment's signing key. Its fingerprint names it in receipts; the key itself goes nowhere."""
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self._key = key
+        self.public = key.public_key()
+        self.fingerprint = fingerprint(self.public)
+
+    @classmethod
+    def load(cls, path: Path) -> Signer:
+        """The key in a PKCS#8 PEM file. Raises SettingsError when it is not such a file."""
+        try:
+            key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+        except (OSError, ValueError, TypeError) as error:
+            raise SettingsError(
+                "PAPERCLIP_WORKER_SIGNING_KEY_FILE is not an Ed25519 key in PKCS#8 PEM; `keygen` makes one"
+            ) from error
+        if not isinstance(key, Ed25519PrivateKey):
+            raise SettingsError("PAPERCLIP_WORKER_SIGNING_KEY_FILE holds a key that is not Ed25519")
+        return cls(key)
+
+    def sign(self, digest: str) -> str:
+        """Signature (hex) of a hash given in hex."""
+        return self._key.sign(bytes.fromhex(digest)).hex()
+
+
+def keygen(path: Path) -> Signer:
+    """Make a signing key in a new file that only its owner can read. Refused when the file exists."""
+    key = Ed25519PrivateKey.generate()
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise Refused(f"{path} exists; a signing key is never overwritten") from None
+    except OSError as error:
+        raise Refused(f"{path} cannot be written: {error.strerror}") from None
+    with os.fdopen(handle, "wb") as file:
+        file.write(pem)
+        file.flush()
+        os.fsync(file.fileno())
+    return Signer(key)
+
+
+def public_pem(key: Ed25519PublicKey) -> str:
+    """The public key as an auditor keeps it."""
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+def load_public(path: Path) -> Ed25519PublicKey:
+    """A public key in PEM. Refused when the file is not one."""
+    try:
+        key = serialization.load_pem_public_key(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} is not a public key in PEM") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise Refused(f"{path} holds a key that is not Ed25519")
+    return key
+
+
+def fingerprint(key: Ed25519PublicKey) -> str:
+    """Sixteen hex digits of the SHA-256 of the raw public key."""
+    raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def append(connection: sa.Connection, signer: Signer, run: UUID, facts: Mapping[str, Any]) -> Receipt:
+    """Add a receipt to the chain, in the transaction of what it attests.
+
+    The lock on the chain's one row puts receipts of concurrent runs in one order.
+    """
+    seq, previous = connection.execute(sa.select(CHAIN.c.seq, CHAIN.c.hash).with_for_update()).one().tuple()
+    body = canonical.encode(
+        {"v": 1, "seq": seq + 1, "prev": previous, "run": str(run), "signer": signer.fingerprint, **facts}
+    ).decode()
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    values = {
+        "seq": seq + 1,
+        "run_id": run,
+        "body": body,
+        "hash": digest,
+        "signer": signer.fingerprint,
+        "signature": signer.sign(digest),
+    }
+    row = connection.execute(sa.insert(RECEIPTS).values(values).returning(RECEIPTS)).one()
+    connection.execute(sa.update(CHAIN).values(seq=seq + 1, hash=digest))
+    return Receipt(**row._asdict())
+
+
+def recent(connection: sa.Connection, *, limit: int, run: UUID | None = None) -> list[Receipt]:
+    """The newest receipts first, of one run or of all."""
+    query = sa.select(RECEIPTS).order_by(RECEIPTS.c.seq.desc()).limit(limit)
+    if run:
+        query = query.where(RECEIPTS.c.run_id == run)
+    return [Receipt(**row._asdict()) for row in connection.execute(query)]
+
+
+def get(connection: sa.Connection, seq: int) -> Receipt:
+    """The receipt with that number. Refused when there is none."""
+    row = connection.execute(sa.select(RECEIPTS).where(RECEIPTS.c.seq == seq)).one_or_none()
+    if row is None:
+        raise Refused(f"there is no receipt {seq}")
+    return Receipt(**row._asdict())
+
+
+def verify(connection: sa.Connection, trusted: Sequence[Ed25519PublicKey]) -> tuple[int, list[Flaw]]:
+    """How many receipts there are, and everything wrong with their chain.
+
+    Checked beyond the chain itself: its recorded head, and that every settled run has a receipt, so that a
+    receipt cut off the end is missed too.
+    """
+    rows = connection.execution_options(stream_results=True).execute(sa.select(RECEIPTS).order_by(RECEIPTS.c.seq))
+    count, last, flaws = verify_chain((Receipt(**row._asdict()) for row in rows), trusted)
+    head = connection.execute(sa.select(CHAIN.c.seq, CHAIN.c.hash)).one_or_none()
+    if head is None or head.seq != last[0]:
+        flaws.append(Flaw(seq=last[0], what="the chain does not end where its head says"))
+    elif head.hash != last[1]:
+        flaws.append(Flaw(seq=last[0], what="the last receipt is not the one the head names"))
+    has_one = sa.exists().where(RECEIPTS.c.run_id == RUNS.c.id)
+    without = sa.select(RUNS.c.id).where(RUNS.c.state.in_(SETTLED), ~has_one)
+    flaws += [
+        Flaw(seq=last[0], what=f"run {run} is settled and has no receipt") for run in connection.scalars(without)
+    ]
+    return count, flaws
+
+
+def verify_chain(
+    receipts: Iterable[Receipt], trusted: Sequence[Ed25519PublicKey]
+) -> tuple[int, tuple[int, str], list[Flaw]]:
+    """Count, last (seq, hash) and flaws of receipts in order of seq. Needs no database."""
+    keys = {fingerprint(key): key for key in trusted}
+    flaws: list[Flaw] = []
+    count, last = 0, (0, GENESIS)
+    for receipt in receipts:
+        count += 1
+        if receipt.seq != last[0] + 1:
+            flaws.append(Flaw(seq=receipt.seq, what=f"receipt {last[0] + 1} is missing"))
+        flaws += [Flaw(seq=receipt.seq, what=what) for what in _flaws_of(receipt, last, keys)]
+        last = (receipt.seq, receipt.hash)
+    return count, last, flaws
+
+
+def _flaws_of(receipt: Receipt, before: tuple[int, str], keys: Mapping[str, Ed25519PublicKey]) -> list[str]:
+    found = []
+    if hashlib.sha256(receipt.body.encode()).hexdigest() != receipt.hash:
+        found.append("the body was changed: it does not have its hash")
+    try:
+        body = json.loads(receipt.body)
+    except ValueError:
+        return [*found, "the body is not JSON"]
+    if body.get("seq") != receipt.seq or body.get("run") != str(receipt.run_id):
+        found.append("the body belongs to another place in the chain")
+    if receipt.seq == before[0] + 1 and body.get("prev") != before[1]:
+        found.append("it does not follow the receipt before it")
+    key = keys.get(receipt.signer)
+    if key is None:
+        return [*found, f"signed by {receipt.signer}, a key that is not trusted"]
+    try:
+        key.verify(bytes.fromhex(receipt.signature), bytes.fromhex(receipt.hash))
+    except (InvalidSignature, ValueError):
+        found.append("the signature does not fit")
+    return found

@@ -1,0 +1,232 @@
+"""What operators, beat and tests ask of a deployment: plan, rehearse, start, stop, resume. No terminal, no broker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from worker import archive, audit, db, layouts, ledger, params, registry
+from worker.errors import Refused
+from worker.job import Job, Plan, Tally, horizon_of
+from worker.means import Means
+from worker.runner import Runner, check
+from worker.states import ACTIVE, RESUMABLE, State
+from worker.storage import NullStore, S3Store
+
+if TYPE_CHECKING:
+    from worker.config import Settings
+    from worker.ledger import Run
+
+
+class Operations:
+    """One deployment, reached through its settings. Connections are made when first needed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @cached_property
+    def engine(self) -> sa.Engine:
+        return db.engine(self.settings)
+
+    @cached_property
+    def store(self) -> S3Store | None:
+        return S3Store(self.settings) if self.settings.s3_bucket else None
+
+    def runner(self) -> Runner:
+        """A worker's loop on this deployment."""
+        return Runner(self.settings, self.engine, store=self.store)
+
+    def transaction(self, *, scan: bool = False, read_only: bool = False) -> db.Transaction:
+        """A transaction with the configured timeouts; `scan` allows the long reads of plan and verify."""
+        seconds = self.settings.scan_timeout if scan else self.settings.statement_timeout
+        return db.transaction(self.engine, lock=2, statement=seconds, read_only=read_only)
+
+    def check_ready(self) -> None:
+        """Raise what would fail every run: signing key, database, ledger, bucket."""
+        self.runner()
+        with self.transaction(read_only=True) as connection:
+            ledger.require(connection)
+            layouts.detect(connection)
+        if self.store is not None:
+            self.store.check()
+
+    def plan(self, job: Job, *, approved: str | None = None) -> Plan:
+        """What a run of `job` would change now; with `approved`, refused when the world has drifted from it."""
+        now = _now() if approved is None else horizon_of(approved, now=_now())
+        with self._checked(job, now) as means:
+            plan = job.plan(means)
+        if approved is not None and plan.hash != approved:
+            raise Refused("--plan: the world has drifted from that plan; make the plan again and approve it")
+        return plan
+
+    def start(
+        self,
+        job: Job,
+        *,
+        actor: str,
+        via: str,
+        reason: str | None = None,
+        now: datetime | None = None,
+        approved: str | None = None,
+    ) -> UUID:
+        """Enter a run, ready to be worked on. Everything that can be refused is refused before the run exists."""
+        if job.archives:
+            if self.store is None:
+                raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set; --without-archive does without it")
+            self.store.check()
+        now = now or _now()
+        with self._checked(job, now):
+            pass
+        with self.transaction() as connection:
+            ledger.require(connection)
+            return ledger.create(
+                connection,
+                job=job.name,
+                params=params.to_json(job),
+                exclusion=job.exclusion,
+                layout=layouts.detect(connection).name,
+                now=now,
+                actor=actor,
+                via=via,
+                reason=reason,
+                plan_hash=approved,
+            )
+
+    def require_free(self, job: Job) -> None:
+        """Raise UnderWay when another run of the same exclusion is under way."""
+        with self.transaction(read_only=True) as connection:
+            ledger.require(connection)
+            ledger.require_free(connection, job.exclusion)
+
+    def rehearse(self, job: Job, *, limit: int = 1_000) -> Tally:
+        """Run every batch for real and roll each back; archives go to a store that keeps nothing."""
+        now, tally = _now(), Tally()
+        with self._checked(job, now) as means:
+            shards = list(job.shards(means, job.plan(means)))
+        for shard in shards:
+            cursor: Any = None
+            exhausted = False
+            while not exhausted:
+                with self._rolled_back() as connection:
+                    means = Means(
+                        connection=connection,
+                        now=now,
+                        layout=layouts.detect(connection),
+                        run=UUID(int=0),
+                        store=NullStore(),
+                    )
+                    batch = job.claim(means, shard, cursor, limit)
+                    if batch is None:
+                        break
+                    job.preserve(means, batch)
+                    tally += job.apply(means, batch)
+                    cursor, exhausted = batch.after, batch.exhausted
+        return tally
+
+    def find(self, name: str) -> Run:
+        """The run whose id starts with `name` (or `last`)."""
+        with self.transaction(read_only=True) as connection:
+            ledger.require(connection)
+            return ledger.find(connection, name)
+
+    def stop(self, name: str) -> Run:
+        """Ask a run to stop after the bites in flight; where none is, it is settled here and now."""
+        with self.transaction() as connection:
+            ledger.require(connection)
+            run = ledger.find(connection, name)
+            held = ledger.get(connection, run.id, hold=True)
+            if held is None:
+                raise Refused(f"run {run.id} is being verified or settled this moment; look again")
+            if held.state not in {State.QUEUED, State.RUNNING, State.VERIFYING}:
+                raise Refused(f"run {run.id} is {held.state}; only a run under way can be stopped")
+            ledger.step(connection, held, State.STOPPING)
+        self.runner().work(run.id, seconds=0)
+        return self.find(str(run.id))
+
+    def resume(self, name: str) -> Run:
+        """Make a stopped or failed run ready to go on at its cursors, its horizon unchanged.
+
+        Raises ArchiveTampered when what it archived before is no longer what was written. A run under way is
+        left as it is: it only needs to be taken up again.
+        """
+        run = self.find(name)
+        if run.state in ACTIVE:
+            return run
+        if run.state not in RESUMABLE:
+            raise Refused(f"run {run.id} is {run.state}; only a stopped or failed run can be resumed")
+        job = params.from_json(registry.job(run.job), run.params)
+        with self._checked(job, run.now) as means:
+            objects = ledger.objects(means.connection, run.id)
+        if objects and self.store is None:
+            raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set, and the run has an archive there")
+        if objects and self.store is not None:
+            archive.require_intact(self.store, objects)
+        with self.transaction() as connection:
+            held = ledger.get(connection, run.id, hold=True)
+            if held is None:
+                raise Refused(f"run {run.id} is being changed this moment; look again")
+            ledger.reopen(connection, held)
+        return self.find(str(run.id))
+
+    def result(self, run: UUID) -> dict[str, Any]:
+        """What `run --json` prints: the run, its tally, what is left, findings and the newest receipt."""
+        with self.transaction(read_only=True) as connection:
+            found = ledger.find(connection, str(run))
+            tally = ledger.tally(connection, run)
+            receipts = audit.recent(connection, limit=1, run=run)
+            _, bites = ledger.progress(connection, run)
+        return {
+            "run": str(found.id),
+            "job": found.job,
+            "params": dict(found.params),
+            "layout": found.layout,
+            "state": found.state.value,
+            "kept": found.state is State.KEPT,
+            "horizon": found.now.isoformat(),
+            "planned": found.planned_rows,
+            "rows": tally.total.rows,
+            "bytes": tally.total.bytes,
+            "bites": bites,
+            "tally": tally.to_json(),
+            "left": list(found.left_rows),
+            "findings": list(found.findings),
+            "waiting": found.waiting,
+            "waits": dict(found.waits),
+            "error": found.error,
+            "actor": found.actor,
+            "reason": found.reason,
+            "receipt": receipts[0].to_json() if receipts else None,
+        }
+
+    def stalled(self) -> list[Run]:
+        """Active runs nothing has moved for `rescue_after` seconds, each counted as rescued."""
+        with self.transaction() as connection:
+            ledger.require(connection)
+            runs = ledger.stalled(connection, after=timedelta(seconds=self.settings.rescue_after))
+            for run in runs:
+                ledger.count_rescue(connection, run.id)
+        return runs
+
+    @contextmanager
+    def _checked(self, job: Job, now: datetime) -> Iterator[Means]:
+        """A read-only scan of the live database, once the job is known to fit it."""
+        with self.transaction(scan=True, read_only=True) as connection:
+            means = Means(connection=connection, now=now, layout=layouts.detect(connection))
+            check(job, means)
+            yield means
+
+    @contextmanager
+    def _rolled_back(self) -> Iterator[sa.Connection]:
+        with self.transaction(scan=True) as connection, connection.begin_nested() as savepoint:
+            yield connection
+            savepoint.rollback()
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,293 @@
+"""The only loop: take a bite, commit, look again; then verify, finish, settle.
+
+One bite is one transaction in which a shard's cursor and the effect it stands for commit together, so a kill at
+any instant loses nothing and repeats nothing. Any number of workers may run `work` for one run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from worker import audit, db, layouts, ledger, params, registry, settle
+from worker.errors import Contended, DatabaseGone, Refused, Transient, WorkerError
+from worker.job import Tally
+from worker.logs import log
+from worker.means import Means
+from worker.states import ACTIVE, State
+from worker.throttle import Throttle
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from worker.archive import ArchivedObject
+    from worker.config import Settings
+    from worker.job import Job
+    from worker.ledger import Run
+    from worker.storage import Store
+
+# So many faults in a row, with rests up to _LONGEST_REST between them (about half a minute), fail a run.
+MOST_FAULTS = 10
+_LONGEST_REST = 5.0
+
+
+class Outcome(Enum):
+    """Why `work` came back."""
+
+    MORE = "more"  # the slice of time is over, the run is not
+    IDLE = "idle"  # nothing here that another worker does not already hold
+    SETTLED = "settled"  # the run has its receipt
+
+
+class Runner:
+    """Works on runs of one deployment. Not shared between threads."""
+
+    def __init__(self, settings: Settings, engine: sa.Engine, *, store: Store | None) -> None:
+        if settings.signing_key_file is None:
+            raise Refused("PAPERCLIP_WORKER_SIGNING_KEY_FILE is not set")
+        self._settings = settings
+        self._engine = engine
+        self._store = store
+        self._signer = audit.Signer.load(settings.signing_key_file)
+        self._throttle = Throttle(settings)
+        self._contended = False
+
+    def work(
+        self,
+        run: UUID,
+        *,
+        seconds: float,
+        leave: Callable[[], bool] = lambda: False,
+        call_help: Callable[[int], None] = lambda _: None,
+    ) -> Outcome:
+        """Advance a run for about so long, or until `leave` says so between two bites.
+
+        `call_help` is told how many more workers could take part once the run is laid out. Faults that pass are
+        retried; any other ends the run as failed, with a receipt, and is raised.
+        """
+        until = time.monotonic() + seconds
+        faults = 0
+        while True:
+            try:
+                outcome = self._advance(run, call_help)
+                faults = 0
+            except Transient as fault:
+                faults, outcome = faults + 1, None
+                self._after_fault(run, fault, faults)
+            except WorkerError as error:
+                self.give_up(run, str(error))
+                raise
+            except Exception as error:
+                # The runner's edge: record that it failed (never the text, which may quote a row), and raise.
+                self.give_up(run, f"internal error: {type(error).__name__}")
+                raise
+            if outcome is not None:
+                return outcome
+            if time.monotonic() >= until or leave():
+                return Outcome.MORE
+
+    def _advance(self, run_id: UUID, call_help: Callable[[int], None]) -> Outcome | None:
+        """One step of the run, whatever it needs next; None to be called again."""
+        with self._transaction() as connection:
+            run = ledger.get(connection, run_id)
+        if run is None:
+            raise Refused(f"there is no run {run_id}")
+        if run.state is State.QUEUED:
+            return self._open(run_id, call_help)
+        if run.state is State.RUNNING:
+            return self._rest_or_bite(run)
+        if run.state is State.VERIFYING:
+            return self._verify(run_id)
+        if run.state is State.FINISHING:
+            return self._finish(run_id)
+        if run.state is State.STOPPING:
+            return self._stop(run_id)
+        return Outcome.SETTLED
+
+    # -- one bite -------------------------------------------------------------------------------------
+
+    def _rest_or_bite(self, run: Run) -> Outcome | None:
+        if self._throttle.due() and self._rest(run):
+            return None
+        if self._bite(run):
+            return None
+        return self._close_sweep(run)
+
+    def _rest(self, run: Run) -> bool:
+        """Rest a moment when the server is under pressure, and say why where operators look."""
+        with self._transaction() as connection:
+            pressure = self._throttle.pressure(connection)
+            if pressure:
+                ledger.note_wait(connection, run.id, pressure.text, kind=pressure.kind, seconds=1)
+            elif run.waiting:
+                ledger.note_wait(connection, run.id, None, kind="rested", seconds=0)
+        if pressure is None:
+            return False
+        log.info("run rests", run=str(run.id), kind=pressure.kind)
+        time.sleep(1)
+        self._throttle.look_again()
+        return True
+
+    def _bite(self, run: Run) -> bool:
+        """Take one batch of one shard; False when no shard is free."""
+        job = params.from_json(registry.job(run.job), run.params)
+        asked = self._throttle.rows(contended=self._contended)
+        began = time.monotonic()
+        with self._transaction() as connection:
+            held = ledger.take_shard(connection, run.id)
+            if held is None:
+                return False
+            means = self._means(connection, run, contended=self._contended)
+            batch = job.claim(means, held.shard, held.cursor, asked)
+            objects: tuple[ArchivedObject, ...] = ()
+            tally, cursor = Tally(), held.cursor
+            locked = time.monotonic()
+            if batch is not None:
+                objects = job.preserve(means, batch)
+                locked = time.monotonic() if not self._contended else locked
+                tally, cursor = job.apply(means, batch), batch.after
+                _require_preserved(objects, tally)
+            ledger.record_bite(
+                connection,
+                held,
+                cursor=cursor,
+                tally=tally,
+                done=batch is None or batch.exhausted,
+                objects=objects,
+                seconds=time.monotonic() - began,
+            )
+        seconds = time.monotonic() - locked
+        if not self._contended:
+            self._throttle.observe(asked=asked, seconds=seconds)
+        self._contended = False
+        log.debug("bite committed", run=str(run.id), shard=held.number, rows=tally.total.rows, seconds=seconds)
+        return True
+
+    # -- the steps around the bites ---------------------------------------------------------------------
+
+    def _open(self, run_id: UUID, call_help: Callable[[int], None]) -> Outcome | None:
+        with self._transaction(scan=True) as connection:
+            run = ledger.get(connection, run_id, hold=True)
+            if run is None or run.state is not State.QUEUED:
+                return Outcome.IDLE if run is None else None
+            job = params.from_json(registry.job(run.job), run.params)
+            means = self._means(connection, run)
+            check(job, means)
+            plan = job.plan(means)
+            if run.plan_hash and run.plan_hash != plan.hash:
+                raise Refused("the world has drifted from the plan that was approved; make the plan again")
+            ledger.record_plan(connection, run.id, plan)
+            number = ledger.add_shards(connection, run.id, run.sweep, job.shards(means, plan))
+            ledger.step(connection, run, State.RUNNING)
+        log.info("run laid out", run=str(run_id), job=run.job, shards=number, rows=plan.tally.total.rows)
+        if helpers := min(number, self._settings.parallel) - 1:
+            call_help(max(0, helpers))
+        return None
+
+    def _close_sweep(self, run: Run) -> Outcome | None:
+        with self._transaction() as connection:
+            held = ledger.get(connection, run.id, hold=True)
+            if held is None or (held.state is State.RUNNING and ledger.unfinished(connection, held)):
+                return Outcome.IDLE
+            if held.state is State.RUNNING:
+                ledger.step(connection, held, State.VERIFYING)
+        return None
+
+    def _verify(self, run_id: UUID) -> Outcome | None:
+        with self._transaction(scan=True) as connection:
+            run = ledger.get(connection, run_id, hold=True)
+            if run is None:
+                return Outcome.IDLE
+            if run.state is State.VERIFYING:
+                job = params.from_json(registry.job(run.job), run.params)
+                settle.verify(self._means(connection, run), job, run)
+        return None
+
+    def _finish(self, run_id: UUID) -> Outcome | None:
+        with self._transaction(scan=True) as connection:
+            run = ledger.get(connection, run_id, hold=True)
+            if run is None:
+                return Outcome.IDLE
+            if run.state is State.FINISHING:
+                job = params.from_json(registry.job(run.job), run.params)
+                state = settle.finish(self._means(connection, run), job, run, self._signer)
+                log.info("run settled", run=str(run_id), state=state.value)
+        return None
+
+    def _stop(self, run_id: UUID) -> Outcome | None:
+        """The worker that finds no bite in flight settles; the others go home."""
+        return self._end(run_id, State.STOPPING, State.STOPPED, error=None)
+
+    def _end(self, run_id: UUID, expected: State | None, to: State, *, error: str | None) -> Outcome | None:
+        with self._transaction() as connection:
+            run = ledger.get(connection, run_id, hold=True)
+            if run is None or not ledger.no_bite_in_flight(connection, run_id):
+                return Outcome.IDLE
+            if run.state is expected or (expected is None and run.state in ACTIVE):
+                job = params.from_json(registry.job(run.job), run.params)
+                settle.end_early(self._means(connection, run), job, run, to, self._signer, error=error)
+        return None
+
+    # -- faults ---------------------------------------------------------------------------------------
+
+    def _after_fault(self, run: UUID, fault: Transient, faults: int) -> None:
+        log.warning("bite rolled back", run=str(run), fault=type(fault).__name__, faults=faults)
+        if isinstance(fault, Contended):
+            # First leave out what others hold; the second sweep comes back for it.
+            self._contended = True
+            self._throttle.shrink()
+        if faults >= MOST_FAULTS:
+            if not isinstance(fault, DatabaseGone):
+                self.give_up(run, str(fault))
+            raise fault
+        time.sleep(min(_LONGEST_REST, 0.05 * 2**faults))
+
+    def give_up(self, run_id: UUID, error: str) -> None:
+        """Settle a run as failed, unless another worker has a bite of it in flight."""
+        log.error("run failed", run=str(run_id), error=error)
+        for pause in (0.1, 0.5, 2.0):
+            try:
+                self._end(run_id, None, State.FAILED, error=error)
+            except Contended:
+                time.sleep(pause)
+            else:
+                return
+
+    # -- parts ----------------------------------------------------------------------------------------
+
+    def _transaction(self, *, scan: bool = False) -> db.Transaction:
+        lock, statement = self._settings.lock_timeout, self._settings.statement_timeout
+        return db.transaction(self._engine, lock=lock, statement=self._settings.scan_timeout if scan else statement)
+
+    def _means(self, connection: sa.Connection, run: Run, *, contended: bool = False) -> Means:
+        return Means(
+            connection=connection,
+            now=run.now,
+            layout=layouts.LAYOUTS[run.layout],
+            run=run.id,
+            store=self._store,
+            contended=contended,
+        )
+
+
+def check(job: Job, means: Means) -> None:
+    """Raise Refused or SchemaError when the live database is not one this job can work on."""
+    live = layouts.detect(means.connection)
+    if live is not means.layout:
+        raise Refused(f"the run was made for the {means.layout.name} layout, and the database has {live.name}")
+    layouts.require(means.connection, job.needs(live), what=job.name)
+    job.check(means)
+
+
+def _require_preserved(objects: tuple[ArchivedObject, ...], tally: Tally) -> None:
+    """An archive that does not hold just what was deleted rolls the bite back."""
+    if not objects:
+        return
+    kept: dict[tuple[str, str | None], int] = {}
+    for one in objects:
+        kept[one.table, one.company] = kept.get((one.table, one.company), 0) + one.rows
+    if kept != {place: amount.rows for place, amount in tally.done.items() if amount.rows}:
+        raise WorkerError("the archive does not hold exactly the rows that were to be deleted; nothing was deleted")

@@ -1,0 +1,104 @@
+"""How a run ends: verify, finish, one activity row per company, a receipt, and the last state, together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from uuid import uuid5
+
+import sqlalchemy as sa
+
+from worker import audit, ledger
+from worker.errors import Refused, Transient
+from worker.layouts.model import Activity
+from worker.states import State
+
+if TYPE_CHECKING:
+    from worker.audit import Receipt, Signer
+    from worker.job import Job
+    from worker.ledger import Run
+    from worker.means import Means
+
+SWEEPS = 2
+
+
+def verify(means: Means, job: Job, run: Run) -> State:
+    """Judge a held run whose shards are all done; the state it is in afterwards.
+
+    Findings of the first sweep (rows that came late, or that others held) cause one more sweep.
+    """
+    verdict = job.verify(means)
+    findings = [one.to_json() for one in verdict.findings]
+    values = {"findings": findings, "left_rows": [one.to_json() for one in verdict.left]}
+    if findings and run.sweep < SWEEPS:
+        ledger.add_shards(means.connection, run.id, run.sweep + 1, job.shards(means, job.plan(means)))
+        ledger.step(means.connection, run, State.RUNNING, sweep=run.sweep + 1, **values)
+        return State.RUNNING
+    ledger.step(means.connection, run, State.FINISHING, **values)
+    return State.FINISHING
+
+
+def finish(means: Means, job: Job, run: Run, signer: Signer) -> State:
+    """Close a held, verified run for good; the state it ends in."""
+    state = State.UNKEPT if run.findings else State.KEPT
+    evidence = dict(job.index(means))
+    if state is State.KEPT:
+        evidence |= job.finish(means)
+    settle(means, job, run, state, signer, evidence=evidence)
+    return state
+
+
+def end_early(means: Means, job: Job, run: Run, state: State, signer: Signer, *, error: str | None) -> None:
+    """Settle a held run that was stopped or failed: what it did so far is indexed and attested."""
+    try:
+        evidence = dict(job.index(means))
+    except (Transient, Refused) as fault:
+        # The store may be the very thing that failed; resuming the run writes the index.
+        evidence = {"index": f"not written: {type(fault).__name__}"}
+    settle(means, job, run, state, signer, evidence=evidence, error=error)
+
+
+def settle(
+    means: Means,
+    job: Job,
+    run: Run,
+    state: State,
+    signer: Signer,
+    *,
+    evidence: Mapping[str, Any],
+    error: str | None = None,
+) -> Receipt:
+    """Activity rows, receipt and state in the one transaction of `means`. No bite may be in flight."""
+    connection = means.connection
+    now = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+    tally = ledger.tally(connection, run.id)
+    facts = {
+        "job": run.job,
+        "params": dict(run.params),
+        "layout": run.layout,
+        "state": state.value,
+        "kept": state is State.KEPT,
+        "horizon": run.now.isoformat(),
+        "plan": run.plan_hash or (run.plan or {}).get("hash"),
+        "actor": run.actor,
+        "reason": run.reason,
+        "via": run.via,
+        "created_at": run.created_at.isoformat(),
+        "settled_at": now.isoformat(),
+        "tally": tally.to_json(),
+        "left": list(run.left_rows),
+        "findings": list(run.findings),
+        "error": error,
+        "evidence": dict(evidence),
+    }
+    receipt = audit.append(connection, signer, run.id, facts)
+    companies: dict[str, int] = {}
+    for (_, company), amount in tally.done.items():
+        if company is not None and amount.rows:
+            companies[company] = companies.get(company, 0) + amount.rows
+    for company, rows in sorted(companies.items()):
+        details = {"run": str(run.id), "job": run.job, "params": dict(run.params), "rows": rows, "state": state.value}
+        activity = Activity(id=uuid5(run.id, company), company=company, action=job.action, at=now, details=details)
+        connection.execute(means.layout.record_activity(activity))
+    ledger.step(connection, run, state, settled_at=now, error=error, waiting=None)
+    return receipt
