@@ -9,10 +9,11 @@ from uuid import UUID
 
 from celery import Celery, signals
 from celery.schedules import crontab
+from kombu.exceptions import OperationalError
 
 import schedules
 from worker import logs
-from worker.errors import DatabaseGone, UnderWay, WorkerError
+from worker.errors import DatabaseGone, Refused, UnderWay, WorkerError
 from worker.logs import log
 from worker.operations import Operations
 from worker.runner import Outcome, Runner
@@ -30,8 +31,11 @@ _WORK, _LAUNCH, _RESCUE = (f"paperclip_worker.{name}" for name in ("work", "laun
 class Site:
     """What one worker process holds: made when its first message comes, after the pool has forked."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, app: Celery) -> None:
         self.settings = settings
+        self._app = app
+        # Set in the pool's parent and seen by its children: between two bites they hand their run back.
+        self.draining = multiprocessing.Event()
 
     @cached_property
     def operations(self) -> Operations:
@@ -41,65 +45,73 @@ class Site:
     def runner(self) -> Runner:
         return self.operations.runner()
 
+    def enqueue(self, run: UUID, number: int = 1, *, after: float = 0) -> None:
+        """Send so many `work` messages for a run."""
+        for _ in range(number):
+            self._app.send_task(_WORK, (str(run),), countdown=after or None)
+
+    def work(self, run: UUID) -> None:
+        """Take bites of a run for a bounded time, then re-send the message."""
+        try:
+            outcome = self.runner.work(
+                run,
+                seconds=self.settings.slice_seconds,
+                leave=self.draining.is_set,
+                call_help=lambda number: self.enqueue(run, number),
+            )
+        except DatabaseGone:
+            self.enqueue(run, after=15)
+            return
+        except WorkerError as error:
+            # The run's row and receipt say what happened; a retry of the message would not help.
+            log.error("work ended", run=str(run), error=type(error).__name__)
+            return
+        if outcome is Outcome.MORE:
+            self.enqueue(run)
+
+    def launch(self, name: str) -> None:
+        """Start the run of a schedule entry, unless its like is under way."""
+        job = schedules.SCHEDULE[name].job
+        try:
+            self.enqueue(self.operations.start(job, actor="beat", via=f"schedule:{name}"))
+        except UnderWay as error:
+            log.warning("schedule entry skipped", entry=name, why=str(error))
+
+    def rescue(self) -> None:
+        """Send work for runs that nothing has moved for a while, and retire those that never move."""
+        for run in self.operations.stalled():
+            if run.rescues >= MOST_RESCUES:
+                self.runner.give_up(run.id, f"stalled and taken up again {run.rescues} times without an end")
+            else:
+                log.warning("run taken up again", run=str(run.id), rescues=run.rescues + 1)
+                self.enqueue(run.id)
+
 
 def make(settings: Settings) -> Celery:
     """The app for these settings. Refused when no broker is configured."""
     app = Celery("paperclip-worker", broker=settings.broker(), set_as_current=False)
     app.conf.update(_configuration(settings))
-    # Set in the pool's parent and seen by its children: between two bites they hand their run back.
-    draining = multiprocessing.Event()
-    site = Site(settings)
-
-    def enqueue(run: UUID, number: int = 1, *, after: float = 0) -> None:
-        for _ in range(number):
-            app.send_task(_WORK, (str(run),), countdown=after or None)
+    site = Site(settings, app)
 
     @app.task(name=_WORK, acks_late=True, reject_on_worker_lost=True, ignore_result=True)
     def work(run: str) -> None:
-        """Take bites of a run for a bounded time, then re-send itself."""
-        run_id = UUID(run)
-        try:
-            outcome = site.runner.work(
-                run_id,
-                seconds=settings.slice_seconds,
-                leave=draining.is_set,
-                call_help=lambda number: enqueue(run_id, number),
-            )
-        except DatabaseGone:
-            enqueue(run_id, after=15)
-            return
-        except WorkerError:
-            # The run's row and receipt say what happened; a retry of the message would not help.
-            return
-        if outcome is Outcome.MORE:
-            enqueue(run_id)
+        site.work(UUID(run))
 
     @app.task(name=_LAUNCH, ignore_result=True)
     def launch(name: str) -> None:
-        """Start the run of a schedule entry."""
-        job = schedules.SCHEDULE[name].job
-        try:
-            enqueue(site.operations.start(job, actor="beat", via=f"schedule:{name}"))
-        except UnderWay as error:
-            log.warning("schedule entry skipped", entry=name, why=str(error))
+        site.launch(name)
 
     @app.task(name=_RESCUE, ignore_result=True)
     def rescue() -> None:
-        """Send work for runs that nothing has moved for a while, and retire those that never move."""
-        for run in site.operations.stalled():
-            if run.rescues >= MOST_RESCUES:
-                site.runner.give_up(run.id, f"stalled and taken up again {run.rescues} times without an end")
-            else:
-                log.warning("run taken up again", run=str(run.id), rescues=run.rescues + 1)
-                enqueue(run.id)
+        site.rescue()
 
     @signals.worker_shutting_down.connect(weak=False)
     def drain(**_: Any) -> None:
-        draining.set()
+        site.draining.set()
 
     @signals.worker_ready.connect(weak=False)
     def look_for_stalled(**_: Any) -> None:
-        rescue.delay()
+        app.send_task(_RESCUE)
 
     return app
 
@@ -107,6 +119,15 @@ def make(settings: Settings) -> Celery:
 def send_work(app: Celery, run: UUID) -> None:
     """Put a run before the workers."""
     app.send_task(_WORK, (str(run),))
+
+
+def require_broker(app: Celery) -> None:
+    """Refused when the broker does not answer, so that nothing is entered that no worker would hear of."""
+    try:
+        with app.connection_for_write(connect_timeout=3) as connection:
+            connection.ensure_connection(max_retries=1, timeout=3)
+    except (OSError, OperationalError) as error:
+        raise Refused("PAPERCLIP_WORKER_BROKER_URL: the broker does not answer; start it, or use --inline") from error
 
 
 def _configuration(settings: Settings) -> dict[str, Any]:
@@ -174,14 +195,16 @@ def cron(text: str) -> crontab:
 def run_worker(settings: Settings, *, concurrency: int) -> None:
     """Run a worker in this process until it is told to stop; SIGTERM lets the bites in flight finish."""
     logs.configure()
-    settings_site = Site(settings)
+    operations = Operations(settings)
     # Refuse at start what would fail every message: key, database, ledger.
-    settings_site.operations.check_ready()
+    operations.check_ready()
     app = make(settings)
     if settings.metrics_port is not None:
         from worker import metrics  # noqa: PLC0415 - only where a port is configured
 
-        metrics.serve(settings_site.operations, settings.metrics_port)
+        metrics.serve(operations, settings.metrics_port)
+    # The pool forks: a connection made here must not be shared with its children.
+    operations.engine.dispose()
     app.worker_main(
         ["worker", f"--concurrency={concurrency}", "--loglevel=INFO", "--without-gossip", "--without-mingle"]
     )

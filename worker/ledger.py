@@ -213,6 +213,13 @@ def recent(connection: sa.Connection, *, limit: int, state: State | None = None)
     return [_run(row) for row in connection.execute(query.where(RUNS.c.state == state) if state else query)]
 
 
+def last_by_origin(connection: sa.Connection) -> dict[str, str]:
+    """When the newest run of each origin (`via`) was entered, and its state."""
+    newest = sa.select(RUNS.c.via, RUNS.c.created_at, RUNS.c.state).distinct(RUNS.c.via)
+    rows = connection.execute(newest.order_by(RUNS.c.via, RUNS.c.created_at.desc()))
+    return {via: f"{at.isoformat(timespec='seconds')} {state}" for via, at, state in rows}
+
+
 def _run(row: sa.Row[Any]) -> Run:
     return Run(**{**row._asdict(), "state": State(row.state)})
 

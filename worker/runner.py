@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -54,6 +55,8 @@ class Runner:
         self._signer = audit.Signer.load(settings.signing_key_file)
         self._throttle = Throttle(settings)
         self._contended = False
+        # The run whose bites are being taken, as it was when they began.
+        self._running: Run | None = None
 
     def work(
         self,
@@ -69,7 +72,7 @@ class Runner:
         retried; any other ends the run as failed, with a receipt, and is raised.
         """
         until = time.monotonic() + seconds
-        faults = 0
+        faults, self._running = 0, None
         while True:
             try:
                 outcome = self._advance(run, call_help)
@@ -91,6 +94,9 @@ class Runner:
 
     def _advance(self, run_id: UUID, call_help: Callable[[int], None]) -> Outcome | None:
         """One step of the run, whatever it needs next; None to be called again."""
+        if self._running and self._running.id == run_id:
+            # `take_shard` looks at the state itself, so between bites the run need not be read again.
+            return self._rest_or_bite(self._running)
         with self._transaction() as connection:
             run = ledger.get(connection, run_id)
         if run is None:
@@ -98,6 +104,7 @@ class Runner:
         if run.state is State.QUEUED:
             return self._open(run_id, call_help)
         if run.state is State.RUNNING:
+            self._running = run
             return self._rest_or_bite(run)
         if run.state is State.VERIFYING:
             return self._verify(run_id)
@@ -110,10 +117,11 @@ class Runner:
     # -- one bite -------------------------------------------------------------------------------------
 
     def _rest_or_bite(self, run: Run) -> Outcome | None:
-        if self._throttle.due() and self._rest(run):
+        if (run.waiting or self._throttle.due()) and self._rest(run):
             return None
         if self._bite(run):
             return None
+        self._running = None
         return self._close_sweep(run)
 
     def _rest(self, run: Run) -> bool:
@@ -124,11 +132,11 @@ class Runner:
                 ledger.note_wait(connection, run.id, pressure.text, kind=pressure.kind, seconds=1)
             elif run.waiting:
                 ledger.note_wait(connection, run.id, None, kind="rested", seconds=0)
+        self._running = replace(run, waiting=pressure.text if pressure else None)
         if pressure is None:
             return False
         log.info("run rests", run=str(run.id), kind=pressure.kind)
         time.sleep(1)
-        self._throttle.look_again()
         return True
 
     def _bite(self, run: Run) -> bool:
@@ -234,6 +242,7 @@ class Runner:
     # -- faults ---------------------------------------------------------------------------------------
 
     def _after_fault(self, run: UUID, fault: Transient, faults: int) -> None:
+        self._running = None
         log.warning("bite rolled back", run=str(run), fault=type(fault).__name__, faults=faults)
         if isinstance(fault, Contended):
             # First leave out what others hold; the second sweep comes back for it.

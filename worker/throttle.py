@@ -56,10 +56,6 @@ class Throttle:
         """Whether it is time to look at the pressure again."""
         return time.monotonic() - self._looked_at >= _LOOK_EVERY
 
-    def look_again(self) -> None:
-        """Make the next `due` true: a run that rests goes on as soon as it may."""
-        self._looked_at = float("-inf")
-
     def pressure(self, connection: sa.Connection) -> Pressure | None:
         """Why to rest now, or None. Reads the server's own views; never waits."""
         self._looked_at = time.monotonic()
@@ -88,7 +84,11 @@ _PRESSURE = sa.select(
     sa.select(
         sa.and_(
             sa.func.current_setting("archive_mode") != "off",
-            _archiver.c.last_failed_time > sa.func.coalesce(_archiver.c.last_archived_time, "-infinity"),
+            _archiver.c.last_failed_time.is_not(None),
+            sa.or_(
+                _archiver.c.last_archived_time.is_(None),
+                _archiver.c.last_failed_time > _archiver.c.last_archived_time,
+            ),
         )
     ).scalar_subquery(),
 )

@@ -1,0 +1,127 @@
+"""What commands share: settings, `--json`, tables, confirmation, following a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
+
+import click
+
+from worker.errors import Exit
+
+if TYPE_CHECKING:
+    from worker.config import Need, Settings
+    from worker.operations import Operations
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def json_option(command: F) -> F:
+    """`--json`: one JSON object on stdout instead of text."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
+
+
+def settings(*needs: Need) -> Settings:
+    """The settings, with everything the command needs."""
+    from worker import config
+
+    return config.load(needs=needs)
+
+
+def operations(*needs: Need) -> Operations:
+    """The deployment; every command that touches it needs at least the database."""
+    from worker.config import Need
+    from worker.operations import Operations
+
+    return Operations(settings(Need.DATABASE, *needs))
+
+
+def print_json(value: Any) -> None:
+    """One object on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_rows(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Tab-separated lines with a header, for eyes and for cut(1)."""
+    click.echo("\t".join(header))
+    for row in rows:
+        click.echo("\t".join("-" if cell is None else str(cell) for cell in row))
+
+
+def talk(text: str) -> None:
+    """Say something to a person at a terminal; scripts see nothing of it."""
+    if sys.stderr.isatty():
+        click.echo(text, err=True)
+
+
+def number(value: int) -> str:
+    """1234567 as 1,234,567."""
+    return f"{value:,}"
+
+
+def size(value: int) -> str:
+    """Bytes for eyes."""
+    amount = float(value)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
+
+
+def exit_status(state: str) -> Exit:
+    """The exit status of a run that has settled in this state."""
+    return Exit.KEPT if state == "kept" else Exit.UNKEPT
+
+
+def follow(deployment: Operations, run: UUID) -> bool:
+    """Wait until a run has settled, with a progress bar on a terminal; False when the operator pressed Ctrl-C."""
+    from worker.progress import follow as wait
+
+    try:
+        wait(deployment, run, show=sys.stderr.isatty())
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+def report(deployment: Operations, run: UUID, *, as_json: bool) -> Exit:
+    """Print what a settled run did; its exit status. An unkept or failed one also says so on stderr."""
+    result = deployment.result(run)
+    if as_json:
+        print_json(result)
+    else:
+        print_result(result)
+    if not result["kept"]:
+        why = result["error"] or "; ".join(one["what"] for one in result["findings"]) or "see `runs show`"
+        click.echo(f"paperclip-worker: run {run} is {result['state']}: {why}", err=True)
+    return exit_status(result["state"])
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """A run for eyes: its state, tally, what stayed, findings, receipt."""
+    click.echo(f"run {result['run']}  {result['job']}  {result['state']}")
+    click.echo(f"rows {number(result['rows'])} of {number(result['planned'] or 0)} planned, {size(result['bytes'])}")
+    print_rows(
+        ("table", "company", "rows", "bytes"),
+        [(one["table"], one["company"], one["rows"], one["bytes"]) for one in result["tally"]],
+    )
+    print_left(result["left"])
+    for finding in result["findings"]:
+        click.echo(f"unkept: {finding['what']} ({finding['table']}, company {finding['company']}, {finding['rows']})")
+    if result["waiting"]:
+        click.echo(f"rests: {result['waiting']}")
+    if result["receipt"]:
+        click.echo(f"receipt {result['receipt']['seq']}  sha256 {result['receipt']['hash']}")
+
+
+def print_left(left: Sequence[dict[str, Any]]) -> None:
+    """Rows that stay, by reason."""
+    reasons: dict[tuple[str, str], int] = {}
+    for one in left:
+        reasons[one["table"], one["reason"]] = reasons.get((one["table"], one["reason"]), 0) + one["rows"]
+    for (table, reason), rows in sorted(reasons.items()):
+        click.echo(f"stays: {number(rows)} rows of {table}, {reason}")

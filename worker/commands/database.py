@@ -1,0 +1,101 @@
+"""db: the ledger, and what the live database has and lacks."""
+
+from __future__ import annotations
+
+import click
+
+from worker.commands import common
+from worker.errors import Exit
+
+
+@click.group()
+def db() -> None:
+    """Create the ledger, compare the database with the catalogue, print least-privilege grants."""
+
+
+@db.command()
+@common.json_option
+def init(as_json: bool) -> None:
+    """Create the ledger (schema paperclip_worker) or bring it to this release. Safe to repeat."""
+    from worker import ledger
+
+    deployment = common.operations()
+    ledger.init(deployment.engine)
+    if as_json:
+        common.print_json({"schema": ledger.SCHEMA, "version": ledger.VERSION})
+    else:
+        click.echo(f"ledger {ledger.SCHEMA} is at version {ledger.VERSION}")
+
+
+@db.command()
+@common.json_option
+def check(as_json: bool) -> int:
+    """Compare the live database with the catalogue: what is missing, unknown or changed.
+
+    Exit status 1 when something is missing or changed. Unknown tables and columns are never touched; class your
+    own in a TOML file named by PAPERCLIP_WORKER_CATALOGUE_FILE.
+    """
+    from worker import layouts
+    from worker.layouts import catalogue
+
+    deployment = common.operations()
+    with deployment.transaction(scan=True, read_only=True) as connection:
+        layout = layouts.detect(connection)
+        facts = catalogue.load(layout.name, deployment.settings.catalogue_file)
+        live = catalogue.live_schema(connection)
+        drift = catalogue.compare(facts, live)
+        jobs = _jobs(layout.name, connection)
+    broken = bool(drift.missing or drift.changed)
+    if as_json:
+        found = {name: list(getattr(drift, name)) for name in ("missing", "unknown", "changed")}
+        common.print_json({"layout": layout.name, "tables": len(facts.tables), **found, "jobs": jobs})
+    else:
+        click.echo(f"layout {layout.name}, {len(facts.tables)} tables in the catalogue")
+        for name in ("missing", "changed", "unknown"):
+            for item in getattr(drift, name):
+                click.echo(f"{name}\t{item}")
+        for job, lacks in jobs.items():
+            click.echo(f"job\t{job}\t{'ready' if not lacks else 'lacks ' + ', '.join(lacks)}")
+    if broken:
+        click.echo(
+            f"paperclip-worker: the database differs from the catalogue: {len(drift.missing)} missing, "
+            f"{len(drift.changed)} changed",
+            err=True,
+        )
+    return Exit.UNKEPT if broken else Exit.KEPT
+
+
+def _jobs(layout: str, connection: object) -> dict[str, list[str]]:
+    """What each job, with its default parameters, lacks in the live database."""
+    import sqlalchemy as sa
+
+    from worker import layouts, registry
+
+    if not isinstance(connection, sa.Connection):
+        raise TypeError("a connection is needed")
+    return {
+        name: layouts.missing(connection, job().needs(layouts.LAYOUTS[layout]))
+        for name, job in registry.jobs().items()
+    }
+
+
+@db.command()
+@click.option("--role", default="paperclip_worker", show_default=True, help="The database role of the workers.")
+@click.option(
+    "--layout",
+    type=click.Choice(["paperclip", "guide"]),
+    help="Print for this layout without asking a database.  [default: the live database's]",
+)
+def grants(role: str, layout: str | None) -> None:
+    """Print the SQL that gives a role just the privileges the jobs need. Changes nothing.
+
+    Run it as the owner, after `db init`.
+    """
+    from worker import grants as sql
+    from worker import layouts
+
+    if layout is None:
+        with common.operations().transaction(read_only=True) as connection:
+            layout = layouts.detect(connection).name
+    for statement in sql.statements(layouts.LAYOUTS[layout], role):
+        click.echo(statement + ";")

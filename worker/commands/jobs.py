@@ -1,0 +1,238 @@
+"""plan, rehearse and run: for every job the same, with the job's own parameters as options."""
+
+from __future__ import annotations
+
+import getpass
+import math
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from worker import params, registry
+from worker.commands import common
+from worker.errors import Exit, Refused
+
+if TYPE_CHECKING:
+    from worker.job import Job, Plan
+    from worker.operations import Operations
+
+
+class _Jobs(click.Group):
+    """A group whose commands are the jobs there are."""
+
+    def __init__(self, verb: Callable[[type[Job]], click.Command], **attributes: Any) -> None:
+        super().__init__(subcommand_metavar="JOB [OPTIONS]", **attributes)
+        self._verb = verb
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(registry.jobs())
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        return self._verb(registry.job(cmd_name))
+
+
+class _Value(click.ParamType[Any]):
+    """A job parameter on the command line: the same reader as everywhere else."""
+
+    def __init__(self, item: params.Param) -> None:
+        self.name = item.metavar or item.type.__name__
+        self._item = item
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, self._item.type):
+            return value
+        try:
+            return params.read(self._item.type, value)
+        except Refused as error:
+            raise click.BadParameter(str(error), ctx, param) from None
+
+
+def _options(job: type[Job]) -> list[click.Option]:
+    return [_option(item) for item in params.params_of(job)]
+
+
+def _option(item: params.Param) -> click.Option:
+    if item.type is bool:
+        names = f"{item.option}/{item.off}" if item.off else item.option
+        return click.Option([names], is_flag=True, default=item.default, help=item.help, show_default=True)
+    shown = params.duration_text(item.default) if item.metavar == "AGE" else None
+    return click.Option(
+        [item.option],
+        type=_Value(item),
+        metavar=item.metavar or None,
+        multiple=item.many,
+        default=item.default,
+        help=item.help,
+        show_default=shown or not item.many,
+    )
+
+
+def _build(job: type[Job], given: dict[str, Any]) -> Job:
+    return job(**{item.name: given[item.name] for item in params.params_of(job)})
+
+
+def _command(job: type[Job], run: Callable[..., Any], extra: list[click.Option]) -> click.Command:
+    as_json = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout.")
+    return click.Command(
+        job.name, callback=run, params=[*_options(job), *extra, as_json], help=job.__doc__, add_help_option=True
+    )
+
+
+def _plan_command(job: type[Job]) -> click.Command:
+    def callback(*, as_json: bool, **given: Any) -> None:
+        plan = common.operations().plan(_build(job, given))
+        if as_json:
+            common.print_json(plan.to_json())
+        else:
+            _print_plan(plan)
+
+    return _command(job, callback, [])
+
+
+def _rehearse_command(job: type[Job]) -> click.Command:
+    def callback(*, as_json: bool, **given: Any) -> None:
+        tally = common.operations().rehearse(_build(job, given))
+        total = tally.total
+        if as_json:
+            found = {"job": job.name, "rehearsed": True, "rows": total.rows, "bytes": total.bytes}
+            common.print_json({**found, "tally": tally.to_json()})
+            return
+        click.echo(f"rehearsed and rolled back: {common.number(total.rows)} rows, {common.size(total.bytes)}")
+        common.print_rows(
+            ("table", "company", "rows", "bytes"),
+            [(one["table"], one["company"], one["rows"], one["bytes"]) for one in tally.to_json()],
+        )
+
+    return _command(job, callback, [])
+
+
+def _run_command(job: type[Job]) -> click.Command:
+    def callback(**given: Any) -> int:
+        return _run(_build(job, given), **{name: given[name] for name in _RUN_OPTIONS})
+
+    return _command(job, callback, _run_options())
+
+
+_RUN_OPTIONS = ("inline", "detach", "yes", "approved", "reason", "actor", "as_json")
+
+
+def _run_options() -> list[click.Option]:
+    return [
+        click.Option(["--inline"], is_flag=True, help="Work in this process, without a broker."),
+        click.Option(["--detach"], is_flag=True, help="Enqueue, print the run's id and leave."),
+        click.Option(["--yes", "-y"], is_flag=True, help="Do not ask; for scripts."),
+        click.Option(
+            ["--plan", "approved"],
+            metavar="HASH",
+            help="Run just the plan with this hash; refused if it has drifted.",
+        ),
+        click.Option(["--reason"], help="Why; goes into the receipt."),
+        click.Option(["--actor"], help="Who; goes into the receipt.  [default: the login name]"),
+    ]
+
+
+def _run(
+    job: Job,
+    *,
+    inline: bool,
+    detach: bool,
+    yes: bool,
+    approved: str | None,
+    reason: str | None,
+    actor: str | None,
+    as_json: bool,
+) -> int:
+    from worker.config import Need
+
+    if inline and detach:
+        raise Refused("--inline and --detach exclude each other")
+    needs = [Need.SIGNING, *([] if inline else [Need.BROKER]), *([Need.STORAGE] if job.archives else [])]
+    deployment = common.operations(*needs)
+    deployment.require_free(job)
+    now = _approve(deployment, job, yes=yes, approved=approved, as_json=as_json)
+    send = _no_broker if inline else _broker(deployment)
+    run = deployment.start(
+        job,
+        actor=actor or _login(),
+        via="cli",
+        reason=reason,
+        now=now,
+        approved=approved,
+    )
+    send(run)
+    if detach:
+        if as_json:
+            common.print_json(deployment.result(run))
+        else:
+            click.echo(str(run))
+        return Exit.KEPT
+    if inline:
+        deployment.runner().work(run, seconds=math.inf)
+    elif not common.follow(deployment, run):
+        common.talk(f"detached; the run goes on: paperclip-worker runs watch {run}")
+        return Exit.KEPT
+    return common.report(deployment, run, as_json=as_json)
+
+
+def _approve(deployment: Operations, job: Job, *, yes: bool, approved: str | None, as_json: bool) -> Any:
+    """The horizon of the plan that was approved, by hash, by `--yes` or by a typed answer; None: now."""
+    if approved is not None:
+        return deployment.plan(job, approved=approved).now
+    if yes or not job.destructive:
+        return None
+    if as_json or not sys.stdin.isatty():
+        raise Refused(f"{job.name} is destructive: confirm with --yes, or with --plan HASH of a plan you approved")
+    plan = deployment.plan(job)
+    _print_plan(plan)
+    if click.prompt(f"type {job.subject} to go on", default="", show_default=False) != job.subject:
+        raise Refused("not confirmed; nothing was started")
+    return plan.now
+
+
+def _broker(deployment: Operations) -> Callable[[Any], None]:
+    """How a run reaches the workers. Refused, before any run exists, when the broker cannot be reached."""
+    from worker import app
+
+    celery = app.make(deployment.settings)
+    app.require_broker(celery)
+    return lambda run: app.send_work(celery, run)
+
+
+def _no_broker(run: Any) -> None:
+    del run
+
+
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except OSError:
+        return "unknown"
+
+
+def _print_plan(plan: Plan) -> None:
+    found = plan.to_json()
+    click.echo(f"plan {plan.hash}")
+    click.echo(f"{plan.job} as of {plan.now:%Y-%m-%d %H:%M:%S} UTC on the {plan.layout} layout")
+    click.echo(f"would change {common.number(found['rows'])} rows, {common.size(found['bytes'])}")
+    common.print_rows(
+        ("table", "company", "rows", "bytes"),
+        [(one["table"], one["company"], one["rows"], one["bytes"]) for one in found["tally"]],
+    )
+    common.print_left(found["left"])
+    for note in plan.notes:
+        click.echo(f"note: {note}")
+
+
+plan = _Jobs(_plan_command, name="plan", help="Show what a run started now would change, and what would stay.")
+rehearse = _Jobs(
+    _rehearse_command,
+    name="rehearse",
+    help="Run every batch for real and roll each back: proof that a run would work.",
+)
+run = _Jobs(
+    _run_command,
+    name="run",
+    help="Run a job: show the plan, ask, enqueue, follow.\n\nCtrl-C stops following; the run goes on.",
+)

@@ -1,0 +1,70 @@
+"""Following a run: a progress bar that admits its estimate, drawn from the ledger."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from worker import ledger
+from worker.errors import DatabaseGone
+from worker.states import SETTLED, State
+
+if TYPE_CHECKING:
+    from worker.operations import Operations
+
+_LOOK_EVERY = 0.3
+# A database that restarts is back well within this; a longer absence ends the following, never the run.
+_PATIENCE = 60.0
+
+
+def follow(deployment: Operations, run: UUID, *, show: bool) -> None:
+    """Return once the run has settled. Raises DatabaseGone when the database stays away for a minute."""
+    bar, task = _bar() if show else (None, None)
+    started = gone_since = time.monotonic()
+    if bar:
+        bar.start()
+    try:
+        while True:
+            try:
+                state, done, planned, note = _look(deployment, run)
+                gone_since = time.monotonic()
+            except DatabaseGone:
+                if time.monotonic() - gone_since > _PATIENCE:
+                    raise
+                time.sleep(1)
+                continue
+            if bar and task is not None:
+                if state is State.QUEUED and time.monotonic() - started > 5:
+                    note = "no worker has taken it; start one with `paperclip-worker worker`"
+                bar.update(task, completed=done, total=planned, description=state.value, note=note)
+            if state in SETTLED:
+                return
+            time.sleep(_LOOK_EVERY)
+    finally:
+        if bar:
+            bar.stop()
+
+
+def _look(deployment: Operations, run: UUID) -> tuple[State, int, int | None, str]:
+    with deployment.transaction(read_only=True) as connection:
+        found = ledger.find(connection, str(run))
+        rows, _ = ledger.progress(connection, run)
+    note = f"rests: {found.waiting}" if found.waiting else ("second sweep" if found.sweep > 1 else "")
+    return found.state, rows, found.planned_rows, note
+
+
+def _bar() -> tuple[Any, Any]:
+    from rich.console import Console  # noqa: PLC0415 - drawn on terminals only
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    return bar, bar.add_task("queued", total=None, note="")
