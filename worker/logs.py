@@ -60,6 +60,12 @@ def configure(*, level: int = logging.INFO) -> None:
     root.setLevel(level)
 
 
+def silence() -> None:
+    """No log at all from this process."""
+    configure(level=logging.CRITICAL)
+    logging.disable(logging.CRITICAL)
+
+
 def _name_exception(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     info = event.pop("exc_info", None)
     if info is True:

@@ -27,9 +27,6 @@ MOST_SHARDS = 16
 SMALL_TABLE_BLOCKS = 65_536
 # Above this share of expired rows one read of a larger table pays for itself.
 LARGE_SHARE = 0.04
-# Fewer rows than this per company and window would make archive objects too small to be worth one each.
-ROWS_PER_OBJECT = 500
-
 _WORD = (1 << 64) - 1
 _CTID: sa.ColumnClause[Any] = sa.column("ctid", Tid())
 
@@ -79,8 +76,10 @@ class RowSet:
             for company, (rows, size, mixed) in goes.items()
             if rows
         )
-        order = lambda one: (one.company is not None, one.company or "")  # noqa: E731
-        return tuple(sorted(targets, key=order)), tuple(sorted(left, key=lambda one: (*order(one), one.reason)))
+        return (
+            tuple(sorted(targets, key=lambda one: one.company or "")),
+            tuple(sorted(left, key=lambda one: (one.company or "", one.reason))),
+        )
 
     def _counts(
         self, connection: sa.Connection, *terms: sa.ColumnElement[bool]
@@ -117,7 +116,8 @@ class RowSet:
             return True
         blocks, tuples = self._extent(connection)
         rows = sum(one.rows for one in targets)
-        if archive and len(targets) * ROWS_PER_OBJECT > 10_000:
+        if archive:
+            # One object a bite, of one company, instead of one for each company whose rows share the blocks.
             return False
         return blocks <= SMALL_TABLE_BLOCKS or rows >= LARGE_SHARE * tuples
 

@@ -106,13 +106,8 @@ class Runner:
         if run.state is State.RUNNING:
             self._running = run
             return self._rest_or_bite(run)
-        if run.state is State.VERIFYING:
-            return self._verify(run_id)
-        if run.state is State.FINISHING:
-            return self._finish(run_id)
-        if run.state is State.STOPPING:
-            return self._stop(run_id)
-        return Outcome.SETTLED
+        steps = {State.VERIFYING: self._verify, State.FINISHING: self._finish, State.STOPPING: self._stop}
+        return steps[run.state](run_id) if run.state in steps else Outcome.SETTLED
 
     # -- one bite -------------------------------------------------------------------------------------
 

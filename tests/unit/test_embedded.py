@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,7 +61,7 @@ def servers() -> Iterator[Embedded]:
 @pytest.fixture
 def open_directory() -> Iterator[Path]:
     """A directory that the servers' user can enter, which pytest's own is not."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # noqa: S108
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
         Path(name).chmod(0o711)
         yield Path(name)
 
@@ -308,6 +309,8 @@ def test_a_killed_parent_leaves_no_server() -> None:
     assert sorted(alive(list(parent.pids.values()))) == sorted(parent.pids.values())
     parent.killed()
     assert gone(list(parent.pids.values()))
+    stop_kept(parent.directory)  # finds nobody alive, and removes what is left in /tmp
+    shutil.rmtree(parent.directory)
 
 
 def test_kept_servers_outlive_their_parent_until_stopped() -> None:
@@ -331,7 +334,7 @@ def test_kept_servers_outlive_their_parent_until_stopped() -> None:
     assert (parent.directory / "postgres" / "PG_VERSION").exists()
     with pytest.raises(Refused, match="no servers were kept there"):
         stop_kept(parent.directory)
-    subprocess.run(["rm", "-rf", parent.directory], check=True)
+    shutil.rmtree(parent.directory)
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root has to hand the servers to another user")

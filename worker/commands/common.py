@@ -33,9 +33,12 @@ def settings(*needs: Need) -> Settings:
 
 def operations(*needs: Need) -> Operations:
     """The deployment; every command that touches it needs at least the database."""
+    from worker import logs
     from worker.config import Need
     from worker.operations import Operations
 
+    # An operator's command speaks through its result; the services log.
+    logs.silence()
     return Operations(settings(Need.DATABASE, *needs))
 
 

@@ -1,0 +1,236 @@
+"""Real servers for the whole session, a fresh database for each test."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from psycopg import sql
+
+from worker import audit, config, embedded, ledger, logs
+from worker.layouts import LAYOUTS, demo_schema
+from worker.operations import Operations
+
+ROOT = Path(__file__).resolve().parents[1]
+NOW = datetime.now(UTC)
+ROWS = 3_000
+_numbers = itertools.count()
+
+# No test may read the settings or credentials of the machine it runs on.
+for _name in [name for name in os.environ if name.startswith(("PAPERCLIP_", "AWS_", "DATABASE_URL"))]:
+    del os.environ[_name]
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[embedded.Embedded]:
+    """PostgreSQL, Redis and S3, started once."""
+    settings = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+    with embedded.start(postgres_settings=settings) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def signing_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("keys") / "signing.pem"
+    audit.keygen(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def _admin(servers: embedded.Embedded) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(servers.environment()["DATABASE_URL"], autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def fresh_database(servers: embedded.Embedded, _admin: psycopg.Connection[Any]) -> Iterator[Callable[..., str]]:
+    """A function that makes an empty database (or a copy of `template`) and returns its URL."""
+    made: list[str] = []
+
+    def make(template: str = "template1") -> str:
+        name = f"t{os.getpid()}_{next(_numbers)}"
+        query = "CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY"
+        _admin.execute(sql.SQL(query).format(sql.Identifier(name), sql.Identifier(template)))
+        made.append(name)
+        return servers.environment(name)["DATABASE_URL"]
+
+    yield make
+    for name in made:
+        _admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="session")
+def template(servers: embedded.Embedded, _admin: psycopg.Connection[Any], signing_key: Path) -> Callable[[str], str]:
+    """The name of a seeded database of a layout, with a ledger; made once each."""
+    made: dict[str, str] = {}
+
+    def make(layout: str) -> str:
+        if layout not in made:
+            name = f"template_{layout}_{os.getpid()}"
+            _admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+            engine = sa.create_engine(_sqlalchemy(servers.environment(name)["DATABASE_URL"]))
+            with engine.begin() as connection:
+                demo_schema.create(connection, layout)
+                demo_schema.seed(connection, layout, rows=ROWS, now=NOW)
+            ledger.init(engine)
+            engine.dispose()
+            made[layout] = name
+        return made[layout]
+
+    return make
+
+
+def _sqlalchemy(url: str) -> str:
+    return url.replace("postgres://", "postgresql+psycopg://", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """One seeded database with the session's Redis and S3."""
+
+    layout: str
+    environment: dict[str, str]
+    operations: Operations
+
+    def cli(self, *words: str, ok: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """Run the command line as its own process; with `ok`, demand exit status 0."""
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "cli.py"), *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            timeout=120,
+            env=self.process_environment() | (env or {}),
+        )
+        if ok:
+            assert done.returncode == 0, done.stderr
+        return done
+
+    def json(self, *words: str, ok: bool = True) -> Any:
+        return json.loads(self.cli(*words, "--json", ok=ok).stdout)
+
+    def process_environment(self) -> dict[str, str]:
+        keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+        return {**keep, **self.environment, "AWS_EC2_METADATA_DISABLED": "true", "PYTHONWARNINGS": "error"}
+
+    def with_settings(self, **values: str) -> Operations:
+        """The same deployment with other settings (environment names without their prefix)."""
+        extra = {f"PAPERCLIP_WORKER_{name.upper()}": value for name, value in values.items()}
+        return Operations(config.load({**self.environment, **extra}))
+
+    @contextmanager
+    def worker(self, *words: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
+        """A real worker process (or another service) with these settings, terminated at the end."""
+        extra = {f"PAPERCLIP_WORKER_{name.upper()}": value for name, value in settings.items()}
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "cli.py"), *(words or ("worker", "--concurrency=1"))],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={key: value for key, value in self.process_environment().items() if key != "PYTHONWARNINGS"} | extra,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5)
+
+    def query(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Rows of a statement, in its own connection, committed."""
+        with psycopg.connect(self.environment["DATABASE_URL"]) as connection:
+            cursor = connection.execute(statement.encode(), values or None)
+            return cursor.fetchall() if cursor.description else []
+
+    def digest(self, *, without: tuple[str, ...] = ()) -> dict[str, tuple[int, str]]:
+        """Rows and content hash of every host table: what must not change."""
+        tables = [
+            f'"{schema}"."{name}"'
+            for schema, name in self.query(
+                "SELECT schemaname, tablename FROM pg_tables WHERE schemaname NOT IN "
+                "('pg_catalog', 'information_schema', 'paperclip_worker', 'drizzle') ORDER BY 1, 2"
+            )
+        ]
+        found: dict[str, tuple[int, str]] = {}
+        for table in tables:
+            if table.split(".")[1].strip('"') in without:
+                continue
+            (row,) = self.query(
+                f"SELECT count(*), coalesce(md5(string_agg(md5(t::text), '' ORDER BY md5(t::text))), '') FROM {table} t"
+            )
+            found[table] = (row[0], row[1])
+        return found
+
+
+@pytest.fixture
+def make_deployment(
+    servers: embedded.Embedded, fresh_database: Callable[..., str], signing_key: Path
+) -> Iterator[Callable[..., Deployment]]:
+    """A function that turns a database's URL into a deployment, with a bucket prefix of its own."""
+    made: list[Deployment] = []
+
+    def make(url: str, layout: str) -> Deployment:
+        environment = {
+            **servers.environment(),
+            "DATABASE_URL": url,
+            # A queue of its own for each test: Redis has 16 databases, and a key prefix is not Celery's to give.
+            "PAPERCLIP_WORKER_BROKER_URL": servers.environment()["PAPERCLIP_WORKER_BROKER_URL"].replace(
+                "/0", f"/{next(_numbers) % 15 + 1}"
+            ),
+            "PAPERCLIP_WORKER_S3_PREFIX": f"test-{os.getpid()}-{next(_numbers)}/",
+            "PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(signing_key),
+        }
+        os.environ["AWS_ACCESS_KEY_ID"] = environment["AWS_ACCESS_KEY_ID"]
+        os.environ["AWS_SECRET_ACCESS_KEY"] = environment["AWS_SECRET_ACCESS_KEY"]
+        deployment = Deployment(
+            layout=layout, environment=environment, operations=Operations(config.load(environment))
+        )
+        made.append(deployment)
+        return deployment
+
+    yield make
+    for deployment in made:
+        deployment.operations.engine.dispose()
+
+
+@pytest.fixture(params=sorted(LAYOUTS))
+def deployment(
+    request: pytest.FixtureRequest,
+    make_deployment: Callable[..., Deployment],
+    fresh_database: Callable[..., str],
+    template: Callable[[str], str],
+) -> Deployment:
+    """A seeded deployment, once on each layout."""
+    return make_deployment(fresh_database(template(request.param)), request.param)
+
+
+@pytest.fixture
+def released(
+    make_deployment: Callable[..., Deployment], fresh_database: Callable[..., str], template: Callable[[str], str]
+) -> Deployment:
+    """A seeded deployment on the released layout."""
+    return make_deployment(fresh_database(template("paperclip")), "paperclip")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet() -> None:
+    logs.silence()
