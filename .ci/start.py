@@ -244,9 +244,10 @@ def lock(words: list[str]) -> int:
     how = "--universal --generate-hashes --no-header --python-version 3.11 --extra embedded --extra dev -q"
     target = str(LOCK.relative_to(ROOT))
     command = [uv, "pip", "compile", *how.split(), "pyproject.toml", "-o", target, *words]
-    status = subprocess.run(
-        command, check=False, cwd=ROOT, env={**os.environ, **uv_settings()}, stdout=subprocess.DEVNULL
-    ).returncode
+    # An extra index of this machine may hold one file of a release; the lock must know the hashes of all.
+    local = ("UV_INDEX", "UV_FIND_LINKS", "UV_INDEX_STRATEGY")
+    env = {**os.environ, **{key: value for key, value in uv_settings().items() if key not in local}}
+    status = subprocess.run(command, check=False, cwd=ROOT, env=env, stdout=subprocess.DEVNULL).returncode
     if status == 0 and ("://" in LOCK.read_text() or str(ROOT) in LOCK.read_text()):
         give_up(f"{target} names an address or a path of this machine; it must not be committed", 1)
     return status

@@ -105,7 +105,9 @@ class Deployment:
     environment: dict[str, str]
     operations: Operations
 
-    def cli(self, *words: str, ok: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def cli(
+        self, *words: str, ok: bool = True, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run the command line as its own process; with `ok`, demand exit status 0."""
         done = subprocess.run(
             [sys.executable, str(ROOT / "cli.py"), *words],
@@ -175,7 +177,8 @@ class Deployment:
             if table.split(".")[1].strip('"') in without:
                 continue
             (row,) = self.query(
-                f"SELECT count(*), coalesce(md5(string_agg(md5(t::text), '' ORDER BY md5(t::text))), '') FROM {table} t"
+                "SELECT count(*), coalesce(md5(string_agg(md5(t::text), '' ORDER BY md5(t::text))), '') "
+                f"FROM {table} t"
             )
             found[table] = (row[0], row[1])
         return found

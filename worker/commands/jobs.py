@@ -86,7 +86,7 @@ def _plan_command(job: type[Job]) -> click.Command:
         if as_json:
             common.print_json(plan.to_json())
         else:
-            _print_plan(plan)
+            print_plan(plan)
 
     return _command(job, callback, [])
 
@@ -185,7 +185,7 @@ def _approve(deployment: Operations, job: Job, *, yes: bool, approved: str | Non
     if as_json or not sys.stdin.isatty():
         raise Refused(f"{job.name} is destructive: confirm with --yes, or with --plan HASH of a plan you approved")
     plan = deployment.plan(job)
-    _print_plan(plan)
+    print_plan(plan)
     if click.prompt(f"type {job.subject} to go on", default="", show_default=False) != job.subject:
         raise Refused("not confirmed; nothing was started")
     return plan.now
@@ -211,7 +211,7 @@ def _login() -> str:
         return "unknown"
 
 
-def _print_plan(plan: Plan) -> None:
+def print_plan(plan: Plan) -> None:
     found = plan.to_json()
     click.echo(f"plan {plan.hash}")
     click.echo(f"{plan.job} as of {plan.now:%Y-%m-%d %H:%M:%S} UTC on the {plan.layout} layout")

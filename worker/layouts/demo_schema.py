@@ -5,12 +5,11 @@ For `demo` and the tests only. `create` needs an empty database; `seed` fills it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.layouts.catalogue import TableFact, load
+from worker.layouts.catalogue import load
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -18,10 +17,36 @@ if TYPE_CHECKING:
 _FOLDER = Path(__file__).parent
 # What stands before it in a demo.sql is schema, what stands after it is rows.
 _ROWS_BELOW = "-- rows ----"
-_ASK = """
-    INSERT INTO pg_temp.demo_ask (rows, now, companies, days)
-    VALUES (%(rows)s, %(now)s, %(companies)s, %(days)s)
+# What the rows of a demo.sql stand on, in a schema that is gone when they are there.
+_BEFORE = """
+    CREATE SCHEMA demo;
+    CREATE TABLE demo.ask (
+        rows integer, now timestamptz, companies bigint, start timestamptz, span interval,
+        -- Of everything else there is in proportion.
+        issues_each integer GENERATED ALWAYS AS (greatest(40, rows / 50 / companies)) STORED,
+        runs_each integer GENERATED ALWAYS AS (greatest(40, rows / 20 / companies)) STORED,
+        events_each integer
+            GENERATED ALWAYS AS (rows / 4 / (greatest(40, rows / 20 / companies) * companies) + 1) STORED,
+        events integer GENERATED ALWAYS AS (greatest(60, rows / 50)) STORED
+    );
+    CREATE FUNCTION demo.id(kind text, n bigint) RETURNS uuid IMMUTABLE LANGUAGE sql
+        RETURN md5(kind || n)::uuid;
+    CREATE FUNCTION demo.text_id(kind text, n bigint) RETURNS text IMMUTABLE LANGUAGE sql
+        RETURN md5(kind || ' text ' || n);
+    CREATE FUNCTION demo.dice(n bigint, salt bigint) RETURNS bigint IMMUTABLE LANGUAGE sql
+        RETURN hashint8extended(n, salt) & 9223372036854775807;
+    CREATE FUNCTION demo.pick(among text[], n bigint) RETURNS text IMMUTABLE LANGUAGE sql
+        RETURN among[1 + n % cardinality(among)];
+    CREATE FUNCTION demo.words(n bigint, length bigint) RETURNS text IMMUTABLE LANGUAGE sql
+        RETURN substr(repeat('Überprüfe die Lieferung für Łódź — naïve façade, 顧客からの返信を待つ; ship it ✓ then '
+                             'ask Zoë about the größte invoice, "quoted", and don''t forget Ångström. ', 4),
+                      (1 + n % 140)::integer, length::integer);
 """
+_ASK = """
+    INSERT INTO demo.ask (rows, now, companies, start, span)
+    VALUES (%(rows)s, %(now)s, %(companies)s, %(now)s::timestamptz - %(span)s::interval, %(span)s)
+"""
+_AFTER = "DROP SCHEMA demo CASCADE"
 
 
 def create(connection: sa.Connection, layout: str) -> None:
@@ -52,7 +77,20 @@ def seed(
     if rows < 1 or companies < 1 or days < 1:
         raise ValueError("rows, companies and days must be above zero")
     _, fill = _script(layout)
-    _run(connection, _PARAMETERS)
-    connection.exec_driver_sql(_ASK, {"rows": rows, "now": now, "companies": companies, "days": days})
+    _run(connection, _BEFORE)
+    # Hours, because a day of a session's time zone need not have 24.
+    ask = {"rows": rows, "now": now, "companies": companies, "span": f"{days * 24} hours"}
+    connection.exec_driver_sql(_ASK, ask)
     _run(connection, fill)
-    _run(connection, "DROP TABLE pg_temp.demo_ask")
+    _run(connection, _AFTER)
+
+
+def _script(layout: str) -> tuple[str, str]:
+    """The two parts of the layout's demo.sql: schema and rows."""
+    schema, _, fill = (_FOLDER / layout / "demo.sql").read_text(encoding="utf-8").partition(_ROWS_BELOW)
+    return schema, fill
+
+
+def _run(connection: sa.Connection, script: str) -> None:
+    # Without parameters the driver takes many statements at once, and a % for what it is.
+    connection.exec_driver_sql(script, execution_options={"no_parameters": True})

@@ -1,0 +1,133 @@
+"""What the benchmarks share: a large log in a template database, a writer that touches it, medians."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+REPEATS = 3
+# Half of the rows are older than this many days.
+DAYS = 200
+EXPIRED = "100d"
+
+_ROWS = """
+INSERT INTO activity_log (id, company_id, actor_type, actor_id, action, entity_type, entity_id, run_id, details,
+                          created_at)
+SELECT gen_random_uuid(), c.id, 'agent', md5((g % 97)::text), 'issue.updated',
+       CASE WHEN g % 2 = 0 THEN 'issue' ELSE 'project' END,
+       CASE WHEN g % 2 = 0 THEN i.id::text ELSE md5(g::text)::uuid::text END,
+       CASE WHEN g % 3 = 0 THEN r.id END,
+       jsonb_build_object('changes', jsonb_build_object('from', repeat('a', (g % 120)::int), 'to', g),
+                          'labels', jsonb_build_array('x', 'ü', g % 7)),
+       now() - interval '200 days' + g * (interval '200 days' / %(rows)s)
+FROM generate_series(1, %(rows)s) g
+JOIN (SELECT id, row_number() OVER (ORDER BY id) - 1 AS n, count(*) OVER () AS m FROM companies) c ON c.n = g % c.m
+JOIN (SELECT id, company_id, row_number() OVER (PARTITION BY company_id ORDER BY id) - 1 AS n,
+             count(*) OVER (PARTITION BY company_id) AS m FROM heartbeat_runs) r
+  ON r.company_id = c.id AND r.n = (g / 7) % r.m
+JOIN (SELECT id, company_id, row_number() OVER (PARTITION BY company_id ORDER BY id) - 1 AS n,
+             count(*) OVER (PARTITION BY company_id) AS m FROM issues) i
+  ON i.company_id = c.id AND i.n = (g / 3) % i.m
+ORDER BY g
+"""
+
+
+def fill(url: str, rows: int) -> None:
+    """Put `rows` activity rows over 200 days, in the order of their time, companies interleaved."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("TRUNCATE activity_log CASCADE")
+        # A join key computed from g needs the small sides hashed; the planner's guess at g is far off.
+        connection.execute("SET enable_nestloop = off")
+        connection.execute(_ROWS.replace("%(rows)s", str(rows)).encode())
+        connection.execute("VACUUM ANALYZE")
+
+
+def expired(url: str) -> list[tuple[str]]:
+    with psycopg.connect(url) as connection:
+        return connection.execute(
+            "SELECT id::text FROM activity_log WHERE created_at < now() - '100 days'::interval "
+            "ORDER BY random() LIMIT 20000"
+        ).fetchall()
+
+
+@contextmanager
+def writer(url: str) -> Iterator[Callable[[], dict[str, float]]]:
+    """A concurrent writer that locks the keys of rows that are going; gives p50, p99 and max wait in ms."""
+    ids = [row[0] for row in expired(url)]
+    waits: list[float] = []
+    stop = threading.Event()
+
+    def touch() -> None:
+        chooser = random.Random(7)
+        with psycopg.connect(url, autocommit=True) as connection:
+            while not stop.is_set():
+                began = time.perf_counter()
+                connection.execute("SELECT 1 FROM activity_log WHERE id = %s FOR KEY SHARE", (chooser.choice(ids),))
+                waits.append((time.perf_counter() - began) * 1000)
+                time.sleep(0.002)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+
+    def report() -> dict[str, float]:
+        ordered = sorted(waits)
+        return {
+            "p50": statistics.median(ordered),
+            "p99": ordered[math.ceil(len(ordered) * 0.99) - 1],
+            "max": ordered[-1],
+        }
+
+    try:
+        yield report
+    finally:
+        stop.set()
+        thread.join()
+
+
+GIANT = """
+WITH gone AS (
+  DELETE FROM activity_log a WHERE created_at < now() - '100 days'::interval
+    AND NOT EXISTS (SELECT 1 FROM heartbeat_runs r WHERE r.id = a.run_id
+                    AND r.status NOT IN ('succeeded', 'interrupted', 'failed', 'cancelled', 'timed_out'))
+    AND NOT EXISTS (SELECT 1 FROM issues i WHERE a.entity_type = 'issue' AND i.id::text = a.entity_id
+                    AND i.company_id = a.company_id AND i.status NOT IN ('done', 'cancelled')
+                    AND i.hidden_at IS NULL)
+    AND NOT EXISTS (SELECT 1 FROM decision_effect_executions e WHERE e.activity_log_id = a.id)
+  RETURNING 1)
+SELECT count(*) FROM gone
+"""
+
+
+def giant(url: str) -> tuple[int, float]:
+    """The limit: one DELETE of the same rows. Rows and seconds."""
+    began = time.perf_counter()
+    with psycopg.connect(url) as connection:
+        (rows,) = connection.execute(GIANT.encode()).fetchone() or (0,)
+    return rows, time.perf_counter() - began
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def say(capsys: Any, text: str) -> None:
+    """Print past pytest's capture: the numbers are the product of a benchmark."""
+    with capsys.disabled():
+        print("  " + text, flush=True)  # noqa: T201
+
+
+def copy_of(admin_url: str, template: str, name: str) -> None:
+    with psycopg.connect(admin_url, autocommit=True) as connection:
+        connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+        query = "CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY"
+        connection.execute(sql.SQL(query).format(sql.Identifier(name), sql.Identifier(template)))
+        connection.execute("CHECKPOINT")

@@ -1,0 +1,233 @@
+"""prune-logs against the limits of performance.md, in one run: read the ratios, not the seconds."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+import zstandard
+
+from tests.benchmarks import bench
+from tests.conftest import NOW, ROOT
+from worker import audit, embedded, ledger
+from worker.layouts import demo_schema
+
+pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(3600)]
+
+MILLION = 1_000_000
+
+
+class Bench:
+    """One set of servers with production durability, and template databases of several sizes."""
+
+    def __init__(self, servers: embedded.Embedded, key: Path) -> None:
+        self._servers, self._key = servers, key
+        self.admin = servers.environment()["DATABASE_URL"]
+        self._made: set[int] = set()
+
+    def database(self, rows: int) -> dict[str, str]:
+        """The environment of a fresh copy of a log of so many rows."""
+        template = f"log{rows}"
+        if rows not in self._made:
+            with psycopg.connect(self.admin, autocommit=True) as connection:
+                connection.execute(f"CREATE DATABASE {template}".encode())
+            url = self._servers.environment(template)["DATABASE_URL"]
+            engine = sa.create_engine(url.replace("postgres://", "postgresql+psycopg://", 1))
+            with engine.begin() as connection:
+                demo_schema.create(connection, "paperclip")
+                demo_schema.seed(connection, "paperclip", rows=1_000, now=NOW, companies=8)
+            ledger.init(engine)
+            engine.dispose()
+            bench.fill(url, rows)
+            self._made.add(rows)
+        bench.copy_of(self.admin, template, "bench")
+        return {
+            **self._servers.environment("bench"),
+            "PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(self._key),
+            "PATH": "/usr/bin:/bin",
+        }
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    key = tmp_path_factory.mktemp("key") / "signing.pem"
+    audit.keygen(key)
+    settings = {"shared_buffers": "2GB", "max_wal_size": "8GB", "checkpoint_timeout": "30min"}
+    with embedded.start(postgres_settings=settings) as servers:
+        yield Bench(servers, key)
+
+
+def _cli(environment: dict[str, str], *words: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *words], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def _run(environment: dict[str, str], *words: str, worker: bool) -> tuple[int, float]:
+    """Rows and seconds of a run by a real worker with its default two processes, or inline in one."""
+    began = time.perf_counter()
+    where = [] if worker else ["--inline"]
+    result = _cli(environment, "run", "prune-logs", "--older-than", bench.EXPIRED, "--yes", "--json", *where, *words)
+    assert result["kept"]
+    return result["rows"], time.perf_counter() - began
+
+
+class _Worker:
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "cli.py"), "worker"],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(4)
+
+    def peak(self) -> int:
+        """Peak resident memory of the largest process of the worker, in MB."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        peaks = []
+        for pid in [str(self._process.pid), *children]:
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                if line.startswith("VmHWM"):
+                    peaks.append(int(line.split()[1]) // 1024)
+        return max(peaks)
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+
+
+def test_without_archive(large: Bench, capsys: Any) -> None:
+    """At least 0.7 of one giant DELETE, while a writer on the same rows waits under 50 ms at p99."""
+    rates: dict[str, list[float]] = {"giant": [], "worker": [], "inline": []}
+    waits: dict[str, list[dict[str, float]]] = {"giant": [], "worker": []}
+    for _ in range(bench.REPEATS):
+        environment = large.database(MILLION)
+        with bench.writer(environment["DATABASE_URL"]) as report:
+            rows, seconds = bench.giant(environment["DATABASE_URL"])
+        rates["giant"].append(rows / seconds)
+        waits["giant"].append(report())
+        environment = large.database(MILLION)
+        with _Worker(environment), bench.writer(environment["DATABASE_URL"]) as report:
+            done, seconds = _run(environment, "--without-archive", worker=True)
+        assert done == rows
+        rates["worker"].append(done / seconds)
+        waits["worker"].append(report())
+        done, seconds = _run(large.database(MILLION), "--without-archive", worker=False)
+        rates["inline"].append(done / seconds)
+    limit = bench.median(rates["giant"])
+    bench.say(
+        capsys,
+        f"giant DELETE {limit:,.0f} rows/s; a writer waits p99 {waits['giant'][-1]['p99']:.0f} ms, max "
+        f"{max(one['max'] for one in waits['giant']):.0f} ms",
+    )
+    for name in ("worker", "inline"):
+        rate = bench.median(rates[name])
+        bench.say(capsys, f"prune without archive, {name}: {rate:,.0f} rows/s = {rate / limit:.2f} x (0.7 wanted)")
+    p99 = bench.median([one["p99"] for one in waits["worker"]])
+    bench.say(
+        capsys,
+        f"a writer meanwhile waits p99 {p99:.1f} ms (50 wanted), max "
+        f"{max(one['max'] for one in waits['worker']):.0f} ms",
+    )
+
+
+def _copy_through_zstd(environment: dict[str, str]) -> float:
+    """Rows/s of streaming the same rows out with plain COPY (SELECT row_to_json...) through zstd-3."""
+    query = bench.GIANT.split("RETURNING")[0].split("DELETE")[1]
+    statement = f"COPY (SELECT row_to_json(a) {query}) TO STDOUT"
+    compressor = zstandard.ZstdCompressor(level=3).compressobj()
+    began, rows = time.perf_counter(), 0
+    with psycopg.connect(environment["DATABASE_URL"]) as connection, connection.cursor().copy(statement) as copy:
+        for data in copy:
+            compressor.compress(data)
+            rows += 1
+    compressor.flush()
+    return rows / (time.perf_counter() - began)
+
+
+def _naive(environment: dict[str, str], rows: int) -> float:
+    """Rows/s of what cleaners usually do: fetch rows into Python, serialise, delete them by id."""
+    began, done = time.perf_counter(), 0
+    with psycopg.connect(environment["DATABASE_URL"]) as connection:
+        while done < rows:
+            found = connection.execute(
+                "SELECT * FROM activity_log WHERE created_at < now() - '100 days'::interval LIMIT 1000"
+            ).fetchall()
+            packed = zstandard.compress("\n".join(json.dumps(row, default=str) for row in found).encode())
+            connection.execute("DELETE FROM activity_log WHERE id = ANY(%s)", ([row[0] for row in found],))
+            connection.commit()
+            assert packed
+            done += len(found)
+    return done / (time.perf_counter() - began)
+
+
+def test_with_archive(large: Bench, capsys: Any) -> None:
+    """At least 5 x fetching into Python and deleting by id, and 0.7 x plain COPY through zstd; RSS under 250 MB."""
+    copies, naive, ours, inline, peaks = [], [], [], [], []
+    for _ in range(bench.REPEATS):
+        environment = large.database(MILLION)
+        copies.append(_copy_through_zstd(environment))
+        naive.append(_naive(environment, 50_000))
+        environment = large.database(MILLION)
+        with _Worker(environment) as worker:
+            rows, seconds = _run(environment, worker=True)
+            peaks.append(worker.peak())
+        ours.append(rows / seconds)
+        rows, seconds = _run(large.database(MILLION), worker=False)
+        inline.append(rows / seconds)
+    limit, slow = bench.median(copies), bench.median(naive)
+    for name, rates in (("worker", ours), ("inline", inline)):
+        rate = bench.median(rates)
+        bench.say(
+            capsys,
+            f"archive + prune, {name}: {rate:,.0f} rows/s = {rate / limit:.2f} x COPY through zstd "
+            f"({limit:,.0f}; 0.7 wanted), {rate / slow:.1f} x naive ({slow:,.0f}; 5 wanted)",
+        )
+    own = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
+    bench.say(capsys, f"peak RSS of a worker process {max(peaks)} MB, of any process started {own} MB (250 wanted)")
+
+
+def test_cost_is_flat(large: Bench, capsys: Any) -> None:
+    """Cost per row from 0.5 M to 4 M rows within 1.3 x."""
+    costs: dict[int, float] = {}
+    for rows in (MILLION // 2, MILLION, 4 * MILLION):
+        each = []
+        for _ in range(bench.REPEATS):
+            done, seconds = _run(large.database(rows), "--without-archive", worker=False)
+            each.append(seconds / done * 1e6)
+        costs[rows] = bench.median(each)
+        bench.say(capsys, f"{rows / MILLION:.1f} M rows: {costs[rows]:.2f} us a row")
+    bench.say(capsys, f"largest / smallest cost {max(costs.values()) / min(costs.values()):.2f} x (1.3 wanted)")
+
+
+def test_overhead(large: Bench, capsys: Callable[..., Any]) -> None:
+    """Ledger and Celery below 5 % of the run: the run's time outside statements on the host's tables."""
+    shares = []
+    for _ in range(bench.REPEATS):
+        environment = large.database(MILLION)
+        script = ROOT / "tests" / "benchmarks" / "overhead.py"
+        done = subprocess.run(
+            [sys.executable, str(script)],
+            env={**environment, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        shares.append(json.loads(done.stdout.splitlines()[-1])["share"])
+    bench.say(capsys, f"ledger statements are {bench.median(shares) * 100:.1f} % of an inline run (5 wanted)")
