@@ -104,6 +104,8 @@ class Deployment:
     layout: str
     environment: dict[str, str]
     operations: Operations
+    # Whatever holds connections for this deployment; closed at the end of the test.
+    opened: list[Operations]
 
     def cli(
         self, *words: str, ok: bool = True, env: dict[str, str] | None = None
@@ -132,7 +134,8 @@ class Deployment:
     def with_settings(self, **values: str) -> Operations:
         """The same deployment with other settings (environment names without their prefix)."""
         extra = {f"PAPERCLIP_WORKER_{name.upper()}": value for name, value in values.items()}
-        return Operations(config.load({**self.environment, **extra}))
+        self.opened.append(Operations(config.load({**self.environment, **extra})))
+        return self.opened[-1]
 
     @contextmanager
     def worker(self, *words: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
@@ -204,15 +207,15 @@ def make_deployment(
         }
         os.environ["AWS_ACCESS_KEY_ID"] = environment["AWS_ACCESS_KEY_ID"]
         os.environ["AWS_SECRET_ACCESS_KEY"] = environment["AWS_SECRET_ACCESS_KEY"]
-        deployment = Deployment(
-            layout=layout, environment=environment, operations=Operations(config.load(environment))
-        )
+        operations = Operations(config.load(environment))
+        deployment = Deployment(layout=layout, environment=environment, operations=operations, opened=[operations])
         made.append(deployment)
         return deployment
 
     yield make
     for deployment in made:
-        deployment.operations.engine.dispose()
+        for operations in deployment.opened:
+            operations.engine.dispose()
 
 
 @pytest.fixture(params=sorted(LAYOUTS))

@@ -139,7 +139,7 @@ def append(connection: sa.Connection, signer: Signer, run: UUID, facts: Mapping[
 
     The lock on the chain's one row puts receipts of concurrent runs in one order.
     """
-    seq, previous = connection.execute(sa.select(CHAIN.c.seq, CHAIN.c.hash).with_for_update()).one().tuple()
+    seq, previous = connection.execute(sa.select(CHAIN.c.seq, CHAIN.c.hash).with_for_update()).one()
     body = canonical.encode(
         {"v": 1, "seq": seq + 1, "prev": previous, "run": str(run), "signer": signer.fingerprint, **facts}
     ).decode()

@@ -144,7 +144,7 @@ class RowSet:
             .where(_tid(first) <= _CTID, _tid(first + WINDOW_BLOCKS) > _CTID, self.eligible)
             .scalar_subquery()
         )
-        counted = connection.execute(sa.select(first, inside)).tuples()
+        counted = connection.execute(sa.select(first, inside))
         windows = sorted((int(block), int(rows)) for block, rows in counted if rows)
         total = sum(rows for _, rows in windows)
         number = min(MOST_SHARDS, max(1, total // SHARD_ROWS))

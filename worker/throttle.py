@@ -59,7 +59,7 @@ class Throttle:
     def pressure(self, connection: sa.Connection) -> Pressure | None:
         """Why to rest now, or None. Reads the server's own views; never waits."""
         self._looked_at = time.monotonic()
-        lag, wal, failing = connection.execute(_PRESSURE).one().tuple()
+        lag, wal, failing = connection.execute(_PRESSURE).one()
         if lag is not None and lag > self._max_lag:
             return Pressure(kind="replica_lag", text=f"a replica is {lag:.0f} s behind")
         if wal is not None and wal > self._max_wal:

@@ -45,7 +45,7 @@ def missing(connection: sa.Connection, tables: Iterable[sa.Table]) -> list[str]:
     for table in tables:
         needed.setdefault((table.schema or "public", table.name), set()).update(table.c.keys())
     live: dict[tuple[str, str], set[str]] = {place: set() for place in needed}
-    rows = connection.execute(_live_columns(), {"names": [name for _, name in needed]}).tuples()
+    rows = connection.execute(_live_columns(), {"names": [name for _, name in needed]})
     for schema, name, column in rows:
         live.setdefault((schema, name), set()).add(column)
     absent = []

@@ -39,7 +39,7 @@ _BEFORE = """
         RETURN among[1 + n % cardinality(among)];
     CREATE FUNCTION demo.words(n bigint, length bigint) RETURNS text IMMUTABLE LANGUAGE sql
         RETURN substr(repeat('Überprüfe die Lieferung für Łódź — naïve façade, 顧客からの返信を待つ; ship it ✓ then '
-                             'ask Zoë about the größte invoice, "quoted", and don''t forget Ångström. ', 4),
+                             'ask Zoë about the größte invoice, “quoted”, and don''t forget Ångström. ', 4),
                       (1 + n % 140)::integer, length::integer);
 """
 _ASK = """
