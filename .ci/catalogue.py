@@ -30,6 +30,7 @@ from worker.layouts.catalogue import (
     TableFact,
     live_schema,
     load,
+    table_key,
 )
 
 UNCLASSED = "unclassed"
@@ -51,7 +52,7 @@ _KEYS = sa.text("""
 def primary_keys(connection: sa.Connection) -> dict[str, list[str]]:
     """The columns of each table's primary key, by the catalogue's keys."""
     rows = connection.execute(_KEYS)
-    return {name if schema == "public" else f"{schema}.{name}": columns for schema, name, columns in rows}
+    return {table_key(schema, name): columns for schema, name, columns in rows}
 
 
 def render(live: Live, keys: Mapping[str, Sequence[str]], known: Mapping[str, TableFact]) -> Iterator[str]:

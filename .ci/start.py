@@ -84,7 +84,9 @@ def use_newer_python() -> NoReturn:
 
 def environment() -> Path:
     """The virtual environment, made or brought up to date if need be."""
-    home = venv_home()
+    home = ROOT
+    if stamped(ROOT / ".venv") != stamp(ROOT / ".venv"):
+        home = venv_home()
     venv = home / ".venv"
     wanted = stamp(venv)
     if stamped(venv) == wanted:

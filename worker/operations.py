@@ -189,6 +189,8 @@ class Operations:
             "state": found.state.value,
             "kept": found.state is State.KEPT,
             "horizon": found.now.isoformat(),
+            "created_at": found.created_at.isoformat(),
+            "settled_at": found.settled_at.isoformat() if found.settled_at else None,
             "planned": found.planned_rows,
             "rows": tally.total.rows,
             "bytes": tally.total.bytes,

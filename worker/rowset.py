@@ -141,7 +141,7 @@ class RowSet:
         inside = (
             sa.select(sa.func.count())
             .select_from(self.log.table)
-            .where(_tid(first) <= _CTID, _tid(first + WINDOW_BLOCKS) > _CTID, self.eligible)
+            .where(_tid(first) <= _CTID, _tid(first + WINDOW_BLOCKS) > _CTID, self.old)
             .scalar_subquery()
         )
         counted = connection.execute(sa.select(first, inside))

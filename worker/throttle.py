@@ -11,7 +11,9 @@ import sqlalchemy as sa
 if TYPE_CHECKING:
     from worker.config import Settings
 
-_FIRST_ROWS = 1_000
+_FIRST_ROWS = 2_000
+# A bite has a fixed cost (planning, the set of open issues) that fewer rows do not lower.
+_LEAST_ROWS = 500
 # With what others hold left out, a bite locks before it copies; it stays small so that nobody waits for it.
 _CONTENDED_ROWS = 200
 _LOOK_EVERY = 2.0
@@ -43,10 +45,10 @@ class Throttle:
     def observe(self, *, asked: int, seconds: float) -> None:
         """Learn from a bite that asked for so many rows and held its locks for so long.
 
-        At most doubled or halved at once, so one odd bite does not throw the size off; never below one row.
+        At most doubled or halved at once, so one odd bite does not throw the size off.
         """
         factor = min(2.0, max(0.5, self._target / max(seconds, 1e-6)))
-        self._rows = min(self._most, max(1, round(asked * factor)))
+        self._rows = min(self._most, max(_LEAST_ROWS, round(asked * factor)))
 
     def shrink(self) -> None:
         """Take half as much after a conflict."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,12 @@ def _cli(environment: dict[str, str], *words: str) -> dict[str, Any]:
 
 
 def _run(environment: dict[str, str], *words: str, worker: bool) -> tuple[int, float]:
-    """Rows and seconds of a run by a real worker with its default two processes, or inline in one."""
-    began = time.perf_counter()
+    """Rows and seconds, entered to settled, of a run by a real worker with its default two processes, or inline."""
     where = [] if worker else ["--inline"]
     result = _cli(environment, "run", "prune-logs", "--older-than", bench.EXPIRED, "--yes", "--json", *where, *words)
     assert result["kept"]
-    return result["rows"], time.perf_counter() - began
+    began, ended = (datetime.fromisoformat(result[name]) for name in ("created_at", "settled_at"))
+    return result["rows"], (ended - began).total_seconds()
 
 
 class _Worker:
@@ -125,7 +126,7 @@ def test_without_archive(large: Bench, capsys: Any) -> None:
         environment = large.database(MILLION)
         with _Worker(environment), bench.writer(environment["DATABASE_URL"]) as report:
             done, seconds = _run(environment, "--without-archive", worker=True)
-        assert done == rows
+        assert abs(done - rows) < 100  # the horizon moves on by a few rows between the two
         rates["worker"].append(done / seconds)
         waits["worker"].append(report())
         done, seconds = _run(large.database(MILLION), "--without-archive", worker=False)

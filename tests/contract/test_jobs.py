@@ -176,7 +176,8 @@ def test_no_secret_and_no_row_content_in_ledger_and_receipt(deployment: Deployme
     password = deployment.environment["DATABASE_URL"].split(":")[2].split("@")[0]
     for table in ("runs", "shards", "bites", "objects", "receipts"):
         (found,) = deployment.query(
-            f"SELECT count(*) FROM paperclip_worker.{table} t WHERE strpos(t::text, %s) > 0 OR strpos(t::text, %s) > 0",
+            f"SELECT count(*) FROM paperclip_worker.{table} t "
+            "WHERE position(%s in t::text) + position(%s in t::text) > 0",
             needle,
             password,
         )

@@ -103,15 +103,15 @@ class TableFact:
     retention: Retention
     reason: str | None
 
-    @property
-    def key(self) -> str:
-        """How the catalogue calls it: the name, with the schema before it unless that is `public`."""
-        return self.name if self.schema == "public" else f"{self.schema}.{self.name}"
+
+def table_key(schema: str, name: str) -> str:
+    """How the catalogue calls a table: by its name, with the schema before it unless that is `public`."""
+    return name if schema == "public" else f"{schema}.{name}"
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What is known of a layout's schema, by `TableFact.key`."""
+    """What is known of a layout's schema, by `table_key`."""
 
     layout: str
     tables: Mapping[str, TableFact]
@@ -157,19 +157,14 @@ def load(layout: str, extra: Path | None = None) -> Catalogue:
 
 def compare(catalogue: Catalogue, live: Live) -> Drift:
     """What the live database lacks, has besides, or has otherwise."""
-    missing, unknown, changed = [], [], []
-    for key, table in catalogue.tables.items():
-        columns = live.get(key)
-        if columns is None:
-            missing.append(key)
-            continue
-        missing += [f"{key}.{name}" for name in table.columns.keys() - columns.keys()]
-        unknown += [f"{key}.{name}" for name in columns.keys() - table.columns.keys()]
-        for name in table.columns.keys() & columns.keys():
-            ours, theirs = str(table.columns[name]), str(columns[name])
-            if ours != theirs:
-                changed.append(f"{key}.{name}: {ours} -> {theirs}")
-    unknown += live.keys() - catalogue.tables.keys()
+    tables = catalogue.tables
+    missing, unknown, changed = [*(tables.keys() - live.keys())], [*(live.keys() - tables.keys())], []
+    for key in tables.keys() & live.keys():
+        ours, theirs = tables[key].columns, live[key]
+        missing += [f"{key}.{name}" for name in ours.keys() - theirs.keys()]
+        unknown += [f"{key}.{name}" for name in theirs.keys() - ours.keys()]
+        both = [(name, str(ours[name]), str(theirs[name])) for name in ours.keys() & theirs.keys()]
+        changed += [f"{key}.{name}: {before} -> {now}" for name, before, now in both if before != now]
     return Drift(missing=tuple(sorted(missing)), unknown=tuple(sorted(unknown)), changed=tuple(sorted(changed)))
 
 
@@ -177,7 +172,7 @@ def live_schema(connection: sa.Connection) -> Live:
     """Every table the host keeps in this database, plugins' schemas too, whether we may read it or not."""
     live: dict[str, dict[str, LiveColumn]] = {}
     for schema, name, column, kind, required in connection.exec_driver_sql(_LIVE):
-        columns = live.setdefault(name if schema == "public" else f"{schema}.{name}", {})
+        columns = live.setdefault(table_key(schema, name), {})
         if column is not None:
             columns[column] = LiveColumn(type=kind, nullable=not required)
     return live

@@ -105,8 +105,8 @@ CREATE INDEX issues_open_normalized_title_created_idx ON issues
   WHERE hidden_at IS NULL AND status NOT IN ('done', 'cancelled');
 CREATE UNIQUE INDEX issues_open_routine_execution_uq
   ON issues (company_id, origin_kind, origin_id, origin_fingerprint)
-  WHERE origin_kind = 'routine_execution' AND origin_id IS NOT NULL AND hidden_at IS NULL AND execution_run_id IS NOT NULL
-    AND status IN ('backlog', 'todo', 'in_progress', 'in_review', 'blocked');
+  WHERE origin_kind = 'routine_execution' AND origin_id IS NOT NULL AND hidden_at IS NULL
+    AND execution_run_id IS NOT NULL AND status IN ('backlog', 'todo', 'in_progress', 'in_review', 'blocked');
 
 ALTER TABLE issue_comments
   ADD CONSTRAINT issue_comments_client_request_uq UNIQUE (issue_id, author_user_id, client_request_id),
@@ -365,8 +365,9 @@ ALTER TABLE connection_token_issuances
   ADD CONSTRAINT connection_token_issuances_outcome_check CHECK (outcome IN (
     'success', 'denied', 'rate_limited', 'use_env_lease', 'upstream_error', 'failure')),
   ADD CONSTRAINT connection_token_issuances_path_check CHECK (path IN ('exchange', 'oauth_access', 'static')),
-  ADD CONSTRAINT connection_token_issuances_token_hash_format CHECK (token_hash IS NULL OR token_hash ~ '^[a-f0-9]{64}$'),
-  ADD CONSTRAINT connection_token_issuances_ttl_bounds CHECK (ttl_seconds IS NULL OR (ttl_seconds >= 1 AND ttl_seconds <= 900));
+  ADD CONSTRAINT connection_token_issuances_token_hash_format
+    CHECK (token_hash IS NULL OR token_hash ~ '^[a-f0-9]{64}$'),
+  ADD CONSTRAINT connection_token_issuances_ttl_bounds CHECK (ttl_seconds BETWEEN 1 AND 900);
 CREATE INDEX connection_token_issuances_agent_connection_idx
   ON connection_token_issuances (company_id, agent_id, connection_id, created_at);
 CREATE INDEX connection_token_issuances_company_created_idx ON connection_token_issuances (company_id, created_at);
@@ -443,7 +444,8 @@ SELECT demo.text_id('account', person.n), person.id, 'credential', 'local:creden
 FROM demo.ask, demo.person;
 
 INSERT INTO instance_user_roles (id, user_id, role, created_at, updated_at)
-SELECT demo.id('role', person.n), person.id, 'instance_admin', start, start FROM demo.ask, demo.person WHERE person.n = 1;
+SELECT demo.id('role', person.n), person.id, 'instance_admin', start, start
+FROM demo.ask, demo.person WHERE person.n = 1;
 
 INSERT INTO company_memberships (id, company_id, principal_type, principal_id, status, membership_role, created_at,
                                  updated_at)
@@ -463,12 +465,12 @@ FROM demo.ask, generate_series(1, 200) AS k, LATERAL (SELECT start + span * leas
 
 INSERT INTO cli_auth_challenges (id, secret_hash, command, client_name, pending_key_hash, pending_key_name,
                                  expires_at, created_at, updated_at)
-SELECT demo.id('challenge', k), md5('a' || k) || md5('b' || k), 'login', 'laptop ' || k, md5('c' || k) || md5('d' || k),
-       'CLI on laptop ' || k, at + interval '10 minutes', at, at
+SELECT demo.id('challenge', k), md5('a' || k) || md5('b' || k), 'login', 'laptop ' || k,
+       md5('c' || k) || md5('d' || k), 'CLI on laptop ' || k, at + interval '10 minutes', at, at
 FROM demo.ask, generate_series(1, 200) AS k, LATERAL (SELECT start + span * least(1, k / 190.0)) AS moment (at);
 
-INSERT INTO agents (id, company_id, name, role, title, status, adapter_type, adapter_config, runtime_config, created_at,
-                    updated_at)
+INSERT INTO agents (id, company_id, name, role, title, status, adapter_type, adapter_config, runtime_config,
+                    created_at, updated_at)
 SELECT demo.id('agent', company.n * 100 + j), company.id, 'agent ' || j, demo.pick('{ceo,engineer,qa,general}', j),
        'Agent № ' || j, demo.pick('{idle,running,paused,idle}', j), 'process',
        jsonb_build_object('command', 'run', 'env', jsonb_build_object('LOG_LEVEL', 'info', 'REGION', 'eu-north')),
@@ -487,11 +489,13 @@ SELECT demo.id('secret', company.n * 100 + j), company.id, 'Service key ' || j, 
 FROM demo.ask, demo.company, generate_series(1, 5) AS j;
 
 INSERT INTO plugins (id, plugin_key, package_name, version, manifest_json, installed_at, updated_at)
-SELECT demo.id('plugin', j), 'demo.plugin-' || j, '@demo/plugin-' || j, '1.0.' || j, '{"capabilities": []}', start, start
+SELECT demo.id('plugin', j), 'demo.plugin-' || j, '@demo/plugin-' || j, '1.0.' || j, '{"capabilities": []}',
+       start, start
 FROM demo.ask, generate_series(1, 2) AS j;
 
 INSERT INTO tool_applications (id, company_id, name, type, created_at, updated_at)
-SELECT demo.id('application', company.n), company.id, 'Calendar', 'mcp_http', start, start FROM demo.ask, demo.company;
+SELECT demo.id('application', company.n), company.id, 'Calendar', 'mcp_http', start, start
+FROM demo.ask, demo.company;
 
 INSERT INTO tool_connections (id, company_id, application_id, name, transport, uid, status, enabled, created_at,
                               updated_at)
@@ -505,16 +509,18 @@ INSERT INTO issues (id, company_id, title, description, status, priority, issue_
                     created_at, updated_at)
 SELECT demo.id('issue', company.n * 10000000 + k), company.id,
        demo.pick('{Fix,Review,Ship,Überprüfe,Plan,Translate,整理}', dice) || ' ' ||
-       demo.pick('{the invoice run,die Lieferung,façade cleanup,顧客リスト,the login page,Łódź roll-out,the weekly report}', dice / 8),
-       demo.words(k, 90 + dice % 300), status,
-       demo.pick('{low,medium,high,urgent}', dice), k, prefix || '-' || k,
-       demo.id('agent', company.n * 100 + dice % 8 + 1), demo.text_id('user', company.n), demo.text_id('user', company.n),
+       demo.pick('{the invoice run,die Lieferung,façade cleanup,顧客リスト,the login page,Łódź roll-out}', dice / 8),
+       demo.words(k, 90 + dice % 300), status, demo.pick('{low,medium,high,urgent}', dice), k, prefix || '-' || k,
+       demo.id('agent', company.n * 100 + dice % 8 + 1), demo.text_id('user', company.n),
+       demo.text_id('user', company.n),
        CASE WHEN k % 10 = 3 THEN demo.id('issue', company.n * 10000000 + k - 1) END,
        CASE WHEN dice % 17 = 0 AND status IN ('done', 'cancelled') THEN ended + (now - ended) / 2 END,
        CASE WHEN status = 'done' THEN ended END, CASE WHEN status = 'cancelled' THEN ended END,
        at, CASE WHEN status IN ('done', 'cancelled') THEN ended ELSE at + (now - at) / 3 END
-FROM demo.ask, demo.company, generate_series(1, issues_each) AS k, LATERAL (SELECT demo.dice(company.n * 10000000 + k, 4)) AS chance (dice),
-     LATERAL (SELECT start + span * ((k - 0.5) / issues_each)) AS moment (at), LATERAL (SELECT at + (now - at) * (dice % 50) / 100) AS finish (ended),
+FROM demo.ask, demo.company, generate_series(1, issues_each) AS k,
+     LATERAL (SELECT demo.dice(company.n * 10000000 + k, 4)) AS chance (dice),
+     LATERAL (SELECT start + span * ((k - 0.5) / issues_each)) AS moment (at),
+     LATERAL (SELECT at + (now - at) * (dice % 50) / 100) AS finish (ended),
      LATERAL (SELECT CASE WHEN dice / 64 % 100 < CASE WHEN k > 0.85 * issues_each THEN 45 ELSE 4 END
                           THEN demo.pick('{backlog,todo,in_progress,in_review,blocked}', dice)
                           WHEN dice % 9 = 0 THEN 'cancelled' ELSE 'done' END) AS state (status);
@@ -522,21 +528,24 @@ FROM demo.ask, demo.company, generate_series(1, issues_each) AS k, LATERAL (SELE
 INSERT INTO issue_comments (id, company_id, issue_id, author_user_id, body, created_at, updated_at)
 SELECT demo.id('comment', company.n * 10000000 + k), company.id, demo.id('issue', company.n * 10000000 + k),
        demo.text_id('user', company.n), demo.words(k * 7, 120), at + interval '1 hour', at + interval '1 hour'
-FROM demo.ask, demo.company, generate_series(1, issues_each, 2) AS k, LATERAL (SELECT start + span * ((k - 0.5) / issues_each)) AS moment (at);
+FROM demo.ask, demo.company, generate_series(1, issues_each, 2) AS k,
+     LATERAL (SELECT start + span * ((k - 0.5) / issues_each)) AS moment (at);
 
 -- The last runs of a company are under way, and a few old ones hang.
 INSERT INTO heartbeat_runs (id, company_id, agent_id, invocation_source, status, started_at, finished_at, exit_code,
-                            context_snapshot, result_json, usage_json, stdout_excerpt, responsible_user_id, next_event_seq,
-                            created_at, updated_at)
+                            context_snapshot, result_json, usage_json, stdout_excerpt, responsible_user_id,
+                            next_event_seq, created_at, updated_at)
 SELECT demo.id('run', company.n * 10000000 + r), company.id, demo.id('agent', company.n * 100 + dice % 8 + 1),
        demo.pick('{timer,assignment,on_demand}', dice), status, CASE WHEN status <> 'queued' THEN at END,
-       CASE WHEN ended THEN at + interval '90 seconds' END, CASE status WHEN 'succeeded' THEN 0 WHEN 'failed' THEN 1 END,
+       CASE WHEN ended THEN at + interval '90 seconds' END,
+       CASE status WHEN 'succeeded' THEN 0 WHEN 'failed' THEN 1 END,
        jsonb_build_object('issueId', demo.id('issue', company.n * 10000000 + 1 + (r - 1) * issues_each / runs_each),
                           'taskKey', 'task-' || r),
        CASE WHEN ended THEN jsonb_build_object('summary', demo.words(r, 80)) END,
        CASE WHEN ended THEN jsonb_build_object('inputTokens', dice % 9000, 'outputTokens', dice % 700) END,
        demo.words(r * 3, 160), demo.text_id('user', company.n), events_each + 1, at, at
-FROM demo.ask, generate_series(1, runs_each) AS r, demo.company, LATERAL (SELECT demo.dice(company.n * 10000000 + r, 5)) AS chance (dice),
+FROM demo.ask, generate_series(1, runs_each) AS r, demo.company,
+     LATERAL (SELECT demo.dice(company.n * 10000000 + r, 5)) AS chance (dice),
      LATERAL (SELECT start + span * ((r - 0.5) / runs_each)) AS moment (at),
      LATERAL (SELECT CASE WHEN r > runs_each - 4 THEN demo.pick('{queued,running,running,scheduled_retry}', r)
                           WHEN r % 200 = 20 THEN 'running'
@@ -548,13 +557,14 @@ FROM demo.ask, generate_series(1, runs_each) AS r, demo.company, LATERAL (SELECT
 INSERT INTO activity_log (id, company_id, actor_type, actor_id, action, entity_type, entity_id, agent_id, run_id,
                           responsible_user_id, details, created_at)
 SELECT demo.id('activity', n), demo.id('company', c), actor,
-       CASE actor WHEN 'user' THEN demo.text_id('user', c) WHEN 'agent' THEN agent::text ELSE 'system' END,
+       CASE actor WHEN 'user' THEN demo.text_id('user', c + dice / 1024 % 8 * companies)
+                  WHEN 'agent' THEN agent::text ELSE 'system' END,
        CASE WHEN on_issue THEN demo.pick('{issue.updated,issue.comment_added,issue.updated,issue.created,
          issue.checked_out,issue.attachment_added,issue.successful_run_handoff_required}', dice / 2)
          ELSE demo.pick('{heartbeat.invoked,agent.hire_created,tool_gateway.call_completed,secret.value.read,
          company.updated,approval.created,board_api_key.created,agent.updated}', kind) END,
-       CASE WHEN on_issue THEN 'issue'
-         ELSE demo.pick('{heartbeat_run,agent,tool_connection,secret,company,approval,board_api_key,agent}', kind) END,
+       CASE WHEN on_issue THEN 'issue' ELSE demo.pick(
+         '{heartbeat_run,agent,tool_connection,secret,company,approval,board_api_key,agent}', kind) END,
        CASE WHEN on_issue THEN demo.id('issue', c * 10000000 + k)
             WHEN kind % 8 = 0 THEN run
             WHEN kind % 8 IN (1, 7) THEN agent
@@ -565,8 +575,8 @@ SELECT demo.id('activity', n), demo.id('company', c), actor,
        CASE actor WHEN 'agent' THEN agent END, CASE dice / 8 % 2 WHEN 0 THEN run END, demo.text_id('user', c),
        -- As text: building it with functions takes three times as long.
        CASE WHEN on_issue
-         THEN '{"issueNumber": ' || k || ', "changes": {"status": {"from": "todo", "to": "in_progress"}}, "bodySnippet": "'
-              || demo.words(n, dice / 16 % 200) || '"}'
+         THEN '{"issueNumber": ' || k || ', "changes": {"status": {"from": "todo", "to": "in_progress"}}'
+              || ', "bodySnippet": "' || demo.words(n, dice / 16 % 200) || '"}'
          ELSE '{"source": "api", "context": {"attempt": ' || dice % 3 || ', "tags": ["π", "größe"]}, "note": "'
               || demo.words(n, 30 + dice / 16 % 160) || '"}' END::jsonb,
        at
@@ -576,9 +586,11 @@ FROM demo.ask, generate_series(1, rows) AS n,
                      demo.pick('{user,agent,agent,system}', dice / 64)) AS one (c, on_issue, kind, actor),
      LATERAL (SELECT greatest(1, ceil((n - 0.5::float8) / rows * issues_each)::int - dice / 512 % 20),
                      greatest(1, ceil((n - 0.5::float8) / rows * runs_each)::int - dice / 512 % 5)) AS near (k, r),
-     LATERAL (SELECT demo.id('agent', c * 100 + dice / 256 % 8 + 1), demo.id('run', c * 10000000 + r)) AS link (agent, run);
+     LATERAL (SELECT demo.id('agent', c * 100 + dice / 256 % 8 + 1), demo.id('run', c * 10000000 + r))
+       AS link (agent, run);
 
-INSERT INTO heartbeat_run_events (company_id, run_id, agent_id, seq, event_type, stream, level, message, payload, created_at)
+INSERT INTO heartbeat_run_events (company_id, run_id, agent_id, seq, event_type, stream, level, message,
+                                  payload, created_at)
 SELECT run.company_id, run.id, run.agent_id, seq, demo.pick('{lifecycle,output,tool_call,output}', seq),
        demo.pick('{system,stdout,stderr}', seq), 'info', demo.words(e, 60),
        jsonb_build_object('step', seq, 'text', demo.words(e, 40)), run.created_at + seq * interval '2 seconds'
@@ -597,7 +609,8 @@ FROM demo.ask, demo.event;
 
 INSERT INTO plugin_logs (id, plugin_id, company_id, level, message, meta, created_at)
 SELECT demo.id('log', n), demo.id('plugin', n % 2 + 1), CASE WHEN n % 3 > 0 THEN demo.id('company', c) END,
-       demo.pick('{info,debug,warn,error}', n), demo.words(n, 70), jsonb_build_object('job', 'sync', 'took', n % 900), at
+       demo.pick('{info,debug,warn,error}', n), demo.words(n, 70),
+       jsonb_build_object('job', 'sync', 'took', n % 900), at
 FROM demo.ask, demo.event;
 
 INSERT INTO tool_call_events (id, company_id, event_type, actor_type, actor_id, agent_id, run_id, application_id,
@@ -609,45 +622,49 @@ SELECT demo.id('call', n), demo.id('company', c), 'call', 'agent', demo.id('agen
        demo.pick('{success,success,error}', n), n % 4000, jsonb_build_object('title', demo.words(n, 40)), at
 FROM demo.ask, demo.event;
 
-INSERT INTO tool_access_audit_events (id, company_id, connection_id, actor_type, actor_id, action, outcome, details, created_at)
+INSERT INTO tool_access_audit_events (id, company_id, connection_id, actor_type, actor_id, action, outcome,
+                                      details, created_at)
 SELECT demo.id('audit', n), demo.id('company', c), demo.id('connection', c), 'user', demo.text_id('user', c),
-       demo.pick('{connection.updated,policy.updated}', n), 'success', jsonb_build_object('note', demo.words(n, 30)), at
+       demo.pick('{connection.updated,policy.updated}', n), 'success',
+       jsonb_build_object('note', demo.words(n, 30)), at
 FROM demo.ask, demo.event;
 
 INSERT INTO connection_token_issuances (id, company_id, application_id, connection_id, agent_id, run_id,
-                                        responsible_user_id, path, ttl_seconds, expires_at, token_hash, outcome, created_at)
+                                        responsible_user_id, path, ttl_seconds, expires_at, token_hash, outcome,
+                                        created_at)
 SELECT demo.id('issuance', n), demo.id('company', c), demo.id('application', c), demo.id('connection', c),
        demo.id('agent', c * 100 + n % 8 + 1),
        demo.id('run', c * 10000000 + ceil((n - 0.5::float8) / events * runs_each)::int), demo.text_id('user', c),
-       demo.pick('{exchange,oauth_access,static}', n), 600, at + interval '10 minutes', md5('g' || n) || md5('h' || n),
-       demo.pick('{success,success,denied}', n), at
+       demo.pick('{exchange,oauth_access,static}', n), 600, at + interval '10 minutes',
+       md5('g' || n) || md5('h' || n), demo.pick('{success,success,denied}', n), at
 FROM demo.ask, demo.event;
 
 INSERT INTO tool_gateway_sessions (id, company_id, agent_id, run_id, token_hash, expires_at, last_used_at, created_at,
                                    updated_at)
 SELECT demo.id('gateway session', n), demo.id('company', c), demo.id('agent', c * 100 + n % 8 + 1),
-       demo.id('run', c * 10000000 + ceil((n - 0.5::float8) / events * runs_each)::int), md5('i' || n) || md5('j' || n),
-       at + interval '1 hour', at + interval '5 minutes', at, at
+       demo.id('run', c * 10000000 + ceil((n - 0.5::float8) / events * runs_each)::int),
+       md5('i' || n) || md5('j' || n), at + interval '1 hour', at + interval '5 minutes', at, at
 FROM demo.ask, demo.event;
 
 -- Old decisions whose effects cite rows of the activity log.
 INSERT INTO decisions (id, company_id, origin_agent_id, origin_issue_id, origin_run_id, title, body, options, status,
                        chosen_option_id, expires_at, signed_spec, target_snapshots, created_at, updated_at)
 SELECT demo.id('decision', company.n * 100 + j), company.id, demo.id('agent', company.n * 100 + j),
-       demo.id('issue', company.n * 10000000 + j), demo.id('run', company.n * 10000000 + j), 'Proceed?', demo.words(j, 90),
-       '[{"id": "yes"}, {"id": "no"}]', 'decided', 'yes', start + interval '7 days', md5('k' || company.n || j), '[]',
-       start, start
+       demo.id('issue', company.n * 10000000 + j), demo.id('run', company.n * 10000000 + j), 'Proceed?',
+       demo.words(j, 90), '[{"id": "yes"}, {"id": "no"}]', 'decided', 'yes', start + interval '7 days',
+       md5('k' || company.n || j), '[]', start, start
 FROM demo.ask, demo.company, generate_series(1, 5) AS j;
 
-INSERT INTO decision_effect_executions (id, decision_id, effect_index, effect_type, target_issue_id, status, activity_log_id,
-                                        executed_at)
-SELECT demo.id('effect', company.n * 100 + cited.j), demo.id('decision', company.n * 100 + cited.j), 0, 'issue.update',
-       cited.issue, 'succeeded', cited.id, cited.created_at
+INSERT INTO decision_effect_executions (id, decision_id, effect_index, effect_type, target_issue_id, status,
+                                        activity_log_id, executed_at)
+SELECT demo.id('effect', company.n * 100 + cited.j), demo.id('decision', company.n * 100 + cited.j), 0,
+       'issue.update', cited.issue, 'succeeded', cited.id, cited.created_at
 FROM demo.company, LATERAL (
   SELECT row_number() OVER () AS j, id, issue, created_at
   FROM (SELECT id, entity_id::uuid AS issue, created_at FROM activity_log
         WHERE company_id = company.id AND entity_type = 'issue' ORDER BY created_at, id LIMIT 5) AS oldest) AS cited;
 
-ANALYZE companies, "user", session, agents, issues, issue_comments, heartbeat_runs, heartbeat_run_events, activity_log,
-        secret_access_events, plugin_logs, tool_call_events, tool_access_audit_events, connection_token_issuances,
-        tool_gateway_sessions, decision_effect_executions, verification, cli_auth_challenges;
+ANALYZE companies, "user", session, agents, issues, issue_comments, heartbeat_runs, heartbeat_run_events,
+        activity_log, secret_access_events, plugin_logs, tool_call_events, tool_access_audit_events,
+        connection_token_issuances, tool_gateway_sessions, decision_effect_executions, verification,
+        cli_auth_challenges;

@@ -1,0 +1,102 @@
+"""A worker in a process of its own that is killed at a chosen step: `python -m tests.faults.doomed STEP RUN`.
+
+It works inline, without a broker. The kill is SIGKILL to itself, so nothing after the step runs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+import psycopg
+
+from tasks.prune_logs import PruneLogs
+from worker import archive, audit, config, ledger
+from worker.operations import Operations
+from worker.storage import S3Store
+
+# Where to die: owner and name of a function, the call of it that is the last, and whether that call is still made.
+BITE: dict[str, tuple[Any, str, int, bool]] = {
+    "before claim": (PruneLogs, "claim", 3, False),
+    "after claim": (PruneLogs, "claim", 3, True),
+    "object written, not read back": (S3Store, "put", 3, True),
+    "after preserve": (PruneLogs, "preserve", 3, True),
+    "after apply": (PruneLogs, "apply", 3, True),
+    "bite recorded": (ledger, "record_bite", 3, True),
+}
+AROUND: dict[str, tuple[Any, str, int, bool]] = {
+    "after plan": (PruneLogs, "plan", 1, True),
+    "shards laid out": (ledger, "add_shards", 1, True),
+    "before verify": (PruneLogs, "verify", 1, False),
+    "after verify": (PruneLogs, "verify", 1, True),
+    "manifest written": (archive, "write_manifest", 1, True),
+    "index written": (PruneLogs, "index", 1, True),
+    "receipt written": (audit, "append", 1, True),
+}
+# And at the commit that follows such a call: before PostgreSQL hears of it, or once it has answered.
+COMMITS: dict[str, tuple[Any, str, int, bool]] = {
+    f"{when} commit of {what}": (owner, name, number, when == "after")
+    for when in ("before", "after")
+    for what, owner, name, number in (
+        ("the layout", ledger, "add_shards", 1),
+        ("a bite", ledger, "record_bite", 3),
+        ("the last bite", PruneLogs, "apply", 9),
+        ("verify", PruneLogs, "verify", 1),
+        ("the settlement", audit, "append", 1),
+    )
+}
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _wrap(owner: Any, name: str, before: Callable[[], None], after: Callable[[], None]) -> None:
+    original = getattr(owner, name)
+
+    def wrapper(*arguments: Any, **named: Any) -> Any:
+        before()
+        found = original(*arguments, **named)
+        after()
+        return found
+
+    setattr(owner, name, wrapper)
+
+
+def arm(step: str) -> None:
+    """Make this process die at the step."""
+    commit = step in COMMITS
+    owner, name, number, late = (BITE | AROUND | COMMITS)[step]
+    calls = 0
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number and not commit and not late:
+            _die()
+
+    def done() -> None:
+        if calls == number and not commit:
+            _die()
+
+    def committing() -> None:
+        if calls == number:
+            _die()
+
+    _wrap(owner, name, count, done)
+    if commit:
+        _wrap(psycopg.Connection, "commit", *((_pass, committing) if late else (committing, _pass)))
+
+
+def _pass() -> None:
+    pass
+
+
+if __name__ == "__main__":
+    arm(sys.argv[1])
+    Operations(config.load()).runner().work(UUID(sys.argv[2]), seconds=math.inf)

@@ -1,0 +1,135 @@
+"""What must hold after any fault, read from the database and the bucket themselves."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+from uuid import UUID
+
+import zstandard
+
+from tasks.prune_logs import PruneLogs
+from tests.conftest import Deployment
+from worker import audit, ledger
+from worker.errors import Transient
+from worker.operations import Operations
+from worker.runner import Outcome
+from worker.storage import Store
+
+Rows = Mapping[str, str]
+
+
+def begin(operations: Operations, job: PruneLogs | None = None) -> UUID:
+    """Enter a run of the log's pruning."""
+    return operations.start(job or PruneLogs(), actor="tester", via="test")
+
+
+def rows(deployment: Deployment) -> dict[str, str]:
+    """The company of each row of the log, but for the rows by which runs say what they did."""
+    query = "SELECT id::text, company_id::text FROM activity_log WHERE action <> %s"
+    return {key: company for key, company in deployment.query(query, PruneLogs.action)}
+
+
+def archived(store: Store, keys: list[str]) -> list[tuple[str, str]]:
+    """Id and company of every row in these objects, as often as they hold it."""
+    found = []
+    for key in keys:
+        body = zstandard.ZstdDecompressor().decompressobj().decompress(b"".join(store.read(key)))
+        lines = [json.loads(line) for line in body.splitlines()]
+        found += [(one["id"], one["company_id"]) for one in lines]
+        assert all(f"/company={one['company_id']}/" in key for one in lines)
+    return found
+
+
+def complete(operations: Operations, run: UUID, *, seconds: float = 30) -> None:
+    """Work until the run is settled, however long a dead worker's transaction or a dying server stands in the way."""
+    wait(lambda: operations.runner().work(run, seconds=math.inf) is Outcome.SETTLED, seconds=seconds)
+
+
+def wait(until: Callable[[], Any], *, seconds: float = 30) -> None:
+    """Ask until the answer is yes; an error that passes counts as no."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with suppress(Transient):
+            if until():
+                return
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def check_exact(deployment: Deployment, run: UUID, before: Rows) -> None:
+    """At this instant ledger, table and archive agree: nothing is gone that is not tallied and kept whole."""
+    gone = set(before.items()) - set(rows(deployment).items())
+    tally = {one["company"]: one["rows"] for one in deployment.operations.result(run)["tally"]}
+    assert tally == Counter(company for _, company in gone)
+    with deployment.operations.transaction(read_only=True) as connection:
+        objects = ledger.objects(connection, run)
+    assert sum(one.rows for one in objects) == len(gone)
+    assert sorted(archived(_store(deployment), [one.key for one in objects])) == sorted(gone)
+
+
+def check_kept(deployment: Deployment, run: UUID, before: Rows, *, archive: bool = True) -> None:
+    """The run kept its promise exactly: tally, rows, archive, bucket, bites and receipts all say the same."""
+    result = deployment.operations.result(run)
+    after = rows(deployment)
+    gone = set(before.items()) - set(after.items())
+    assert result["state"] == "kept", result
+    assert not set(after.items()) - set(before.items())
+    assert len(gone) == result["rows"] == result["planned"] > 0
+    counted = {one["company"]: one["rows"] for one in result["tally"]}
+    assert counted == Counter(company for _, company in gone)
+    _check_archive(deployment, run, gone if archive else set())
+    _check_bites(deployment, run, len(gone))
+    _check_receipts(deployment, run, counted)
+
+
+def _check_archive(deployment: Deployment, run: UUID, gone: set[tuple[str, str]]) -> None:
+    store = _store(deployment)
+    manifest = f"archive/activity_log/run={run}/manifest.json"
+    if not gone:
+        assert store.keys("") == []
+        return
+    objects = json.loads(b"".join(store.read(manifest)))["objects"]
+    assert sorted(store.keys("")) == sorted([manifest, *(one["key"] for one in objects)])
+    assert sum(one["rows"] for one in objects) == len(gone)
+    assert sorted(archived(store, [one["key"] for one in objects])) == sorted(gone)
+
+
+def _check_bites(deployment: Deployment, run: UUID, total: int) -> None:
+    shards = deployment.query(
+        """
+        SELECT s.done, s.bites, s.rows, count(b.number), coalesce(max(b.number), 0), coalesce(sum(b.rows), 0)::bigint
+        FROM paperclip_worker.shards s
+        LEFT JOIN paperclip_worker.bites b ON (b.run_id, b.sweep, b.shard) = (s.run_id, s.sweep, s.number)
+        WHERE s.run_id = %s GROUP BY s.sweep, s.number, s.done, s.bites, s.rows
+        """,
+        run,
+    )
+    for done, bites, rows_done, recorded, last, rows_recorded in shards:
+        assert done
+        assert bites == recorded == last
+        assert rows_done == rows_recorded
+    assert sum(one[2] for one in shards) == total
+
+
+def _check_receipts(deployment: Deployment, run: UUID, counted: Mapping[str, int]) -> None:
+    operations = deployment.operations
+    key = operations.settings.signing_key_file
+    assert key is not None
+    with operations.transaction(read_only=True) as connection:
+        count, flaws = audit.verify(connection, [audit.Signer.load(key).public])
+    assert count >= 1
+    assert flaws == []
+    query = "SELECT company_id::text FROM activity_log WHERE action = %s"
+    assert Counter(row[0] for row in deployment.query(query, PruneLogs.action)) == Counter(counted.keys())
+
+
+def _store(deployment: Deployment) -> Store:
+    store = deployment.operations.store
+    assert store is not None
+    return store

@@ -1,0 +1,107 @@
+"""An object store that refuses, cuts, changes or forgets: no row goes whose archive is not intact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.conftest import Deployment
+from tests.faults.evidence import begin, check_exact, check_kept, complete, rows
+from tests.faults.proxy import Fault, Proxy, proxy
+from worker import config, embedded
+from worker.errors import StorageFault
+from worker.operations import Operations
+from worker.runner import Outcome
+from worker.states import State
+
+pytestmark = pytest.mark.faults
+GOOD_BITES = 3  # before anything goes wrong
+
+
+@pytest.fixture
+def network(servers: embedded.Embedded, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The way to the store, and a runner that loses patience soon."""
+    monkeypatch.setattr("worker.runner.MOST_FAULTS", 2)
+    monkeypatch.setattr("worker.runner._LONGEST_REST", 0.05)
+    # boto's own rests between its three attempts.
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
+    with proxy(servers.s3.port) as way:
+        yield way
+
+
+@pytest.fixture
+def behind(released: Deployment, network: Proxy) -> Operations:
+    """The deployment, its store reached through the faulty network."""
+    environment = {
+        **released.environment,
+        "PAPERCLIP_STORAGE_S3_ENDPOINT": network.url,
+        "PAPERCLIP_WORKER_BITE_ROWS": "100",
+    }
+    released.opened.append(Operations(config.load(environment)))
+    return released.opened[-1]
+
+
+def _from(
+    number: int, method: str, ending: str, fault: Fault, *, most: float = math.inf
+) -> Callable[..., Fault | None]:
+    """So many times the fault, from the given request of its kind on."""
+    seen = 0
+
+    def decide(asked: str, path: str) -> Fault | None:
+        nonlocal seen
+        if asked != method or not path.partition("?")[0].endswith(ending):
+            return None
+        seen += 1
+        return fault if number <= seen < number + most else None
+
+    return decide
+
+
+FAULTS = [
+    pytest.param("PUT", Fault.DROP, id="refuses to write"),
+    pytest.param("PUT", Fault.BUSY, id="too busy to write"),
+    pytest.param("PUT", Fault.SWALLOW, id="takes and forgets"),
+    pytest.param("GET", Fault.DROP, id="refuses to read"),
+    pytest.param("GET", Fault.CUT, id="cuts what it gives back"),
+    pytest.param("GET", Fault.FLIP, id="gives back other bytes"),
+]
+
+
+@pytest.mark.parametrize(("method", "fault"), FAULTS)
+def test_a_fault_that_lasts_fails_the_run_and_no_row_goes_unarchived(
+    released: Deployment, behind: Operations, network: Proxy, method: str, fault: Fault
+) -> None:
+    """Some bites go well, then none: the run is failed with a receipt; resumed once the store is well, it is exact."""
+    before = rows(released)
+    run = begin(behind)
+    network.fault = _from(GOOD_BITES + 1, method, ".zst", fault)
+    with pytest.raises(StorageFault):
+        behind.runner().work(run, seconds=math.inf)
+    assert network.faults
+    result = behind.result(run)
+    assert result["state"] == "failed"
+    assert result["receipt"]["error"] == result["error"]
+    check_exact(released, run, before)
+    assert result["rows"] == GOOD_BITES * 100
+    network.fault = lambda *_: None
+    assert behind.resume(str(run)).state is State.RUNNING
+    complete(behind, run)
+    check_kept(released, run, before)
+
+
+@pytest.mark.parametrize(("method", "fault"), FAULTS)
+@pytest.mark.parametrize("ending", [".zst", "manifest.json"])
+def test_a_fault_that_passes_is_ridden_out(
+    released: Deployment, behind: Operations, network: Proxy, method: str, fault: Fault, ending: str
+) -> None:
+    """One bad moment, with a bite's object or with the manifest: the run is kept and nobody had to do a thing."""
+    before = rows(released)
+    run = begin(behind)
+    # As many as boto tries by itself, so that the runner, too, has to try again.
+    network.fault = _from(GOOD_BITES if ending == ".zst" else 1, method, ending, fault, most=3)
+    monkeypatched_patience = behind.runner()
+    assert monkeypatched_patience.work(run, seconds=math.inf) is Outcome.SETTLED
+    assert network.faults == 3
+    check_kept(released, run, before)
