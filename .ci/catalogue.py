@@ -127,6 +127,7 @@ def main() -> int:
     engine = sa.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(url))
     with engine.connect() as connection:
         lines = list(render(live_schema(connection), primary_keys(connection), known.tables))
+    engine.dispose()
     print(_header(layout), *lines, sep="\n")  # noqa: T201
     for place in (open_points := unclassed(lines)):
         print(f"class by hand: {place}", file=sys.stderr)  # noqa: T201

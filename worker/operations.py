@@ -38,6 +38,11 @@ class Operations:
     def store(self) -> S3Store | None:
         return S3Store(self.settings) if self.settings.s3_bucket else None
 
+    def close(self) -> None:
+        """Close what connections there are; they are made again when needed."""
+        if "engine" in self.__dict__:
+            self.engine.dispose()
+
     def runner(self) -> Runner:
         """A worker's loop on this deployment."""
         return Runner(self.settings, self.engine, store=self.store)

@@ -53,6 +53,12 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1
 
+    def handle_expect_100(self) -> bool:
+        """Let the client go on at once: written to a buffer alone, the leave would come with the answer."""
+        ok = super().handle_expect_100()
+        self.wfile.flush()
+        return ok
+
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.server.fault(self.command, self.path)

@@ -37,7 +37,7 @@ def behind(released: Deployment, network: Proxy) -> Operations:
     environment = {
         **released.environment,
         "PAPERCLIP_STORAGE_S3_ENDPOINT": network.url,
-        "PAPERCLIP_WORKER_BITE_ROWS": "100",
+        "PAPERCLIP_WORKER_BITE_ROWS": "200",
     }
     released.opened.append(Operations(config.load(environment)))
     return released.opened[-1]
@@ -84,24 +84,64 @@ def test_a_fault_that_lasts_fails_the_run_and_no_row_goes_unarchived(
     assert result["state"] == "failed"
     assert result["receipt"]["error"] == result["error"]
     check_exact(released, run, before)
-    assert result["rows"] == GOOD_BITES * 100
+    assert result["bites"] == GOOD_BITES
     network.fault = lambda *_: None
     assert behind.resume(str(run)).state is State.RUNNING
     complete(behind, run)
     check_kept(released, run, before)
 
 
-@pytest.mark.parametrize(("method", "fault"), FAULTS)
+# boto tries three times by itself; the runner is to try again after that, too.
 @pytest.mark.parametrize("ending", [".zst", "manifest.json"])
+@pytest.mark.parametrize(
+    ("method", "fault", "times"),
+    [("PUT", Fault.DROP, 3), ("PUT", Fault.SWALLOW, 1), ("GET", Fault.CUT, 1), ("GET", Fault.FLIP, 1)],
+)
 def test_a_fault_that_passes_is_ridden_out(
-    released: Deployment, behind: Operations, network: Proxy, method: str, fault: Fault, ending: str
+    released: Deployment, behind: Operations, network: Proxy, method: str, fault: Fault, times: int, ending: str
 ) -> None:
     """One bad moment, with a bite's object or with the manifest: the run is kept and nobody had to do a thing."""
     before = rows(released)
     run = begin(behind)
-    # As many as boto tries by itself, so that the runner, too, has to try again.
-    network.fault = _from(GOOD_BITES if ending == ".zst" else 1, method, ending, fault, most=3)
-    monkeypatched_patience = behind.runner()
-    assert monkeypatched_patience.work(run, seconds=math.inf) is Outcome.SETTLED
-    assert network.faults == 3
+    network.fault = _from(GOOD_BITES if ending == ".zst" else 1, method, ending, fault, most=times)
+    assert behind.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    assert network.faults == times
     check_kept(released, run, before)
+
+
+def test_a_store_that_is_gone_for_good_fails_the_run(released: Deployment, behind: Operations, network: Proxy) -> None:
+    """Nobody listens any more: the run fails with its receipt, the index is written when it is resumed elsewhere."""
+    before = rows(released)
+    run = begin(behind)
+    bites = iter(range(GOOD_BITES))
+    assert behind.runner().work(run, seconds=math.inf, leave=lambda: next(bites, None) is None) is Outcome.MORE
+    network.fault = lambda *_: Fault.DROP
+    network.shutdown()
+    network.server_close()
+    with pytest.raises(StorageFault):
+        behind.runner().work(run, seconds=math.inf)
+    result = behind.result(run)
+    assert result["state"] == "failed"
+    assert result["receipt"]["evidence"] == {"index": "not written: StorageFault"}
+    check_exact(released, run, before)
+    with pytest.raises(StorageFault):
+        behind.resume(str(run))
+    released.operations.resume(str(run))
+    complete(released.operations, run)
+    check_kept(released, run, before)
+
+
+def test_an_archive_that_rots_before_the_end_is_found_by_verify(
+    released: Deployment, behind: Operations, network: Proxy
+) -> None:
+    """Read back well and changed since: the run ends unkept and names the object."""
+    run = begin(behind)
+    done = behind.runner()
+    while behind.find(str(run)).state is not State.VERIFYING:
+        done.work(run, seconds=0)
+    network.fault = _from(1, "GET", ".zst", Fault.FLIP)
+    assert done.work(run, seconds=math.inf) is Outcome.SETTLED
+    result = behind.result(run)
+    assert result["state"] == "unkept"
+    assert all("is not what was written" in one["what"] for one in result["findings"])
+    assert result["findings"]

@@ -133,4 +133,4 @@ def _fetch(npm: str) -> None:
 def _check(tarball: Path) -> None:
     found = hashlib.sha256(tarball.read_bytes()).hexdigest()
     if found != SHA256:
-        raise ValueError(f"{tarball.name} is not the release we know: its sha256 is {found}")
+        raise ValueError(f"{tarball} is not the release we know (sha256 {found}); delete it to fetch again")

@@ -39,7 +39,9 @@ def operations(*needs: Need) -> Operations:
 
     # An operator's command speaks through its result; the services log.
     logs.silence()
-    return Operations(settings(Need.DATABASE, *needs))
+    found = Operations(settings(Need.DATABASE, *needs))
+    click.get_current_context().call_on_close(found.close)
+    return found
 
 
 def print_json(value: Any) -> None:

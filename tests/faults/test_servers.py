@@ -1,0 +1,173 @@
+"""Real workers that are killed or share a run, and real servers that are killed under them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import UUID
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+
+from tests.conftest import NOW, Deployment
+from tests.faults.evidence import begin, check_exact, check_kept, rows, wait
+from worker import app, config, embedded, ledger
+from worker.errors import Transient
+from worker.layouts import demo_schema
+from worker.operations import Operations
+
+pytestmark = pytest.mark.faults
+ROWS, COMPANIES = 4_000, 5
+# Bites so small that there is always one in flight when something is killed.
+SMALL = {"bite_rows": "15", "slice_seconds": "2", "rescue_after": "1"}
+WORKER = ("worker", "--concurrency=1")
+
+
+@pytest.fixture(scope="module")
+def mortal() -> Iterator[embedded.Embedded]:
+    """Servers of this module's own, to be killed; PostgreSQL as durable as in production."""
+    with embedded.start() as started:
+        engine = sa.create_engine(started.environment()["DATABASE_URL"].replace("postgres", "postgresql+psycopg", 1))
+        with engine.begin() as connection:
+            demo_schema.create(connection, "paperclip")
+            demo_schema.seed(connection, "paperclip", rows=ROWS, now=NOW, companies=COMPANIES)
+        ledger.init(engine)
+        engine.dispose()
+        yield started
+
+
+@pytest.fixture
+def site(
+    mortal: embedded.Embedded, signing_key: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Deployment]:
+    """A seeded deployment on the mortal servers, with a queue and a bucket prefix of its own."""
+    number = sum(request.node.name.encode()) % 15 + 1
+    name = f"site_{sum(request.node.name.encode())}"
+    with psycopg.connect(mortal.postgres.url("postgres"), autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE paperclip".encode())
+    environment = {
+        **mortal.environment(name),
+        "PAPERCLIP_WORKER_BROKER_URL": f"redis://127.0.0.1:{mortal.redis.port}/{number}",
+        "PAPERCLIP_WORKER_S3_PREFIX": f"{name}/",
+        "PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(signing_key),
+        "PAPERCLIP_WORKER_PARALLEL": "4",
+    }
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, environment[key])
+    operations = Operations(config.load(environment))
+    yield Deployment(layout="paperclip", environment=environment, operations=operations, opened=[operations])
+    operations.engine.dispose()
+
+
+def _bites(site: Deployment, run: UUID) -> int:
+    with contextlib.suppress(psycopg.OperationalError):
+        return int(site.query("SELECT count(*) FROM paperclip_worker.bites WHERE run_id = %s", run)[0][0])
+    return 0
+
+
+def _settled(site: Deployment, run: UUID) -> bool:
+    with contextlib.suppress(Transient):
+        return site.operations.find(str(run)).settled_at is not None
+    return False
+
+
+def _send(site: Deployment, run: UUID) -> None:
+    with app.make(site.operations.settings) as celery:
+        app.send_work(celery, run)
+
+
+def _under_way(site: Deployment, run: UUID, *, bites: int = 20) -> None:
+    """Wait until the run has some bites behind it and most of them still ahead."""
+    wait(lambda: _bites(site, run) >= bites)
+    assert not _settled(site, run)
+
+
+def test_a_killed_worker_s_run_is_finished_by_the_next(site: Deployment) -> None:
+    """SIGKILL to a worker and all its processes: one started later finds the stalled run by itself."""
+    before = rows(site)
+    run = begin(site.operations)
+    with site.worker(*WORKER, **SMALL) as first:
+        _send(site, run)
+        _under_way(site, run)
+        os.killpg(first.pid, signal.SIGKILL)
+    at = _bites(site, run)
+    wait(lambda: _nobody_connected(site))
+    check_exact(site, run, before)
+    stalled = "SELECT greatest(max(s.touched_at), max(r.touched_at)) < clock_timestamp() - interval '1.1 s' "
+    stalled += "FROM paperclip_worker.runs r JOIN paperclip_worker.shards s ON s.run_id = r.id"
+    wait(lambda: site.query(stalled)[0][0])
+    with site.worker(*WORKER, **SMALL):
+        wait(lambda: _settled(site, run))
+    assert _bites(site, run) > at
+    check_kept(site, run, before)
+
+
+def _nobody_connected(site: Deployment) -> bool:
+    """Whether PostgreSQL has noticed that the worker is dead."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s AND state <> 'idle' AND datname = "
+    return bool(site.query(query + "current_database()", "paperclip-worker")[0][0] == 0)
+
+
+def _kill(server: Callable[[embedded.Embedded], embedded.Server]) -> Callable[[embedded.Embedded], None]:
+    def kill_and_start(servers: embedded.Embedded) -> None:
+        server(servers).kill()
+        server(servers).start()
+
+    return kill_and_start
+
+
+@pytest.mark.parametrize(
+    "crash",
+    [
+        pytest.param(_kill(lambda one: one.redis), id="redis"),
+        pytest.param(_kill(lambda one: one.postgres), id="postgres"),
+        pytest.param(_kill(lambda one: one.s3), id="s3"),
+    ],
+)
+def test_a_server_that_crashes_and_comes_back_costs_nothing(
+    site: Deployment, mortal: embedded.Embedded, crash: Callable[[embedded.Embedded], None]
+) -> None:
+    """The worker rides it out: the run is kept, exact, and nobody had to do a thing."""
+    before = rows(site)
+    run = begin(site.operations)
+    with site.worker(*WORKER, **SMALL):
+        _send(site, run)
+        _under_way(site, run)
+        crash(mortal)
+        wait(lambda: _settled(site, run), seconds=60)
+    check_kept(site, run, before)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_that_share_a_run_add_up(site: Deployment, workers: int) -> None:
+    """Their bites really overlap, and still each row goes once and is archived once."""
+    before = rows(site)
+    run = begin(site.operations)
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(site.worker("worker", f"--concurrency={workers // 2}", **SMALL))
+        with app.make(site.operations.settings) as celery:
+            wait(lambda: len(celery.control.ping(timeout=0.3)) == 2)
+            app.send_work(celery, run)
+        wait(lambda: _settled(site, run))
+    check_kept(site, run, before)
+    assert _most_at_once(site, run) == workers
+
+
+def _most_at_once(site: Deployment, run: UUID) -> int:
+    """How many bites were in flight at the same time."""
+    events: Counter[float] = Counter()
+    query = "SELECT extract(epoch FROM at)::float8, microseconds FROM paperclip_worker.bites WHERE run_id = %s"
+    for at, microseconds in site.query(query, run):
+        events[at - microseconds / 1e6] += 1
+        events[at] -= 1
+    most = now = 0
+    for _, change in sorted(events.items()):
+        now += change
+        most = max(most, now)
+    return most
