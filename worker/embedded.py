@@ -307,6 +307,8 @@ class S3(Server):
             "ip": "127.0.0.1",
             "ip.bind": "127.0.0.1",
             "master.telemetry": "false",
+            # Resuming takes a moment in which the store turns away its own volumes, for up to 19 s: data lies in those.
+            "master.resumeState": "false",
             "webdav": "false",
             "admin.ui": "false",
             "s3.port.iceberg": "0",

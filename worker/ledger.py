@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 from sqlalchemy import exc
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSONB, distinct_on
 
 from worker import db
 from worker.archive import ArchivedObject
@@ -215,7 +215,7 @@ def recent(connection: sa.Connection, *, limit: int, state: State | None = None)
 
 def last_by_origin(connection: sa.Connection) -> dict[str, str]:
     """When the newest run of each origin (`via`) was entered, and its state."""
-    newest = sa.select(RUNS.c.via, RUNS.c.created_at, RUNS.c.state).distinct(RUNS.c.via)
+    newest = sa.select(RUNS.c.via, RUNS.c.created_at, RUNS.c.state).ext(distinct_on(RUNS.c.via))
     rows = connection.execute(newest.order_by(RUNS.c.via, RUNS.c.created_at.desc()))
     return {via: f"{at.isoformat(timespec='seconds')} {state}" for via, at, state in rows}
 

@@ -32,7 +32,7 @@ def begin(operations: Operations, job: PruneLogs | None = None) -> UUID:
 def rows(deployment: Deployment) -> dict[str, str]:
     """The company of each row of the log, but for the rows by which runs say what they did."""
     query = "SELECT id::text, company_id::text FROM activity_log WHERE action <> %s"
-    return {key: company for key, company in deployment.query(query, PruneLogs.action)}
+    return dict(deployment.query(query, PruneLogs.action))
 
 
 def archived(store: Store, keys: list[str]) -> list[tuple[str, str]]:

@@ -73,7 +73,7 @@ FAULTS = [
 def test_a_fault_that_lasts_fails_the_run_and_no_row_goes_unarchived(
     released: Deployment, behind: Operations, network: Proxy, method: str, fault: Fault
 ) -> None:
-    """Some bites go well, then none: the run is failed with a receipt; resumed once the store is well, it is exact."""
+    """Some bites go well, then none: the run is failed, with a receipt; resumed once all is well, it is exact."""
     before = rows(released)
     run = begin(behind)
     network.fault = _from(GOOD_BITES + 1, method, ".zst", fault)
@@ -94,13 +94,15 @@ def test_a_fault_that_lasts_fails_the_run_and_no_row_goes_unarchived(
 # boto tries three times by itself; the runner is to try again after that, too.
 @pytest.mark.parametrize("ending", [".zst", "manifest.json"])
 @pytest.mark.parametrize(
-    ("method", "fault", "times"),
+    "bad",
     [("PUT", Fault.DROP, 3), ("PUT", Fault.SWALLOW, 1), ("GET", Fault.CUT, 1), ("GET", Fault.FLIP, 1)],
+    ids=lambda bad: bad[1].value,
 )
 def test_a_fault_that_passes_is_ridden_out(
-    released: Deployment, behind: Operations, network: Proxy, method: str, fault: Fault, times: int, ending: str
+    released: Deployment, behind: Operations, network: Proxy, bad: tuple[str, Fault, int], ending: str
 ) -> None:
     """One bad moment, with a bite's object or with the manifest: the run is kept and nobody had to do a thing."""
+    method, fault, times = bad
     before = rows(released)
     run = begin(behind)
     network.fault = _from(GOOD_BITES if ending == ".zst" else 1, method, ending, fault, most=times)
@@ -109,7 +111,9 @@ def test_a_fault_that_passes_is_ridden_out(
     check_kept(released, run, before)
 
 
-def test_a_store_that_is_gone_for_good_fails_the_run(released: Deployment, behind: Operations, network: Proxy) -> None:
+def test_a_store_that_is_gone_for_good_fails_the_run(
+    released: Deployment, behind: Operations, network: Proxy
+) -> None:
     """Nobody listens any more: the run fails with its receipt, the index is written when it is resumed elsewhere."""
     before = rows(released)
     run = begin(behind)

@@ -75,8 +75,6 @@ class Layout:
     name: str
     companies: sa.Table
     logs: Mapping[str, LogTable]
-    # Why a table that grows must never be pruned by age.
-    never: Mapping[str, str]
     # Tables whose presence tells this layout from the others.
     landmarks: tuple[sa.Table, ...]
     record_activity: Callable[[Activity], sa.Insert]
@@ -85,6 +83,9 @@ class Layout:
         """The log table of that name. Refused, with the reason, when its rows must not be pruned."""
         if found := self.logs.get(name):
             return found
-        if reason := self.never.get(name):
-            raise Refused(f"--table: {name} is never pruned by age: {reason}")
+        from worker.layouts import catalogue  # noqa: PLC0415 - read only to say why not
+
+        known = catalogue.load(self.name).tables.get(name)
+        if known is not None:
+            raise Refused(f"--table: {name} is never pruned by age: {known.reason or 'it is not a log'}")
         raise Refused(f"--table: {name} is not a log of the {self.name} layout; logs: {', '.join(self.logs)}")

@@ -62,11 +62,6 @@ GUIDE = Layout(
     name="guide",
     companies=COMPANIES,
     logs={"activity_log": _ACTIVITY_LOG},
-    never={
-        "tasks": "tasks are archived, never pruned",
-        "agent_api_keys": "keys are revoked, not pruned",
-        "company_secret_versions": "old versions are secrets still in use, not a log",
-    },
     landmarks=(COMPANIES, TASKS, USERS, ACTIVITY),
     record_activity=_record_activity,
 )

@@ -120,45 +120,6 @@ _LOGS = (
     _log("tool_gateway_sessions", age="expires_at", record=False),
 )
 
-_ACCOUNTING = "it is accounting data, and budgets are computed from the whole of it"
-_STATE = "the app reads its rows as state, not as a log"
-_NEVER = {
-    "cost_events": "lifetime budgets are computed from it, so pruning would re-open spent budgets",
-    "finance_events": _ACCOUNTING,
-    "heartbeat_runs": "55 foreign keys point at it and deleting costs 10 ms a row; prune heartbeat_run_events",
-    "run_identity_contexts": "runs, issues and interactions refer to its rows without a foreign key",
-    "agent_wakeup_requests": "its idempotency keys keep a delivery from firing twice",
-    "tool_invocations": "deleting cascades to tool_action_requests, which hold approvals",
-    "document_revisions": "deleting cascades to accepted plan decompositions",
-    "routine_runs": _STATE,
-    "routine_revisions": _STATE,
-    "agent_config_revisions": _STATE,
-    "case_events": _STATE,
-    "pipeline_case_events": _STATE,
-    "decision_triage_events": _STATE,
-    "decisions": "decisions are records; the app archives them itself",
-    "decision_retention": "the app's own record of what it archived",
-    "workspace_operations": "the server reconciles its rows and never deletes them",
-    "environment_leases": _STATE,
-    "provider_trace_records": "the server prunes it after 24 hours and keeps the row on purpose",
-    "connection_event_deliveries": "its idempotency keys keep a delivery from firing twice",
-    "plugin_job_runs": _STATE,
-    "plugin_webhook_deliveries": "a delivery may still be pending",
-    "chat_deliveries": "chat tables refer to each other and refuse deletes",
-    "chat_publications": "chat tables refer to each other and refuse deletes",
-    "chat_actions": "chat tables refer to each other and refuse deletes",
-    "email_messages": "it holds correspondence, not a log",
-    "board_api_keys": "keys are revoked, not pruned",
-    "agent_api_keys": "keys are revoked, not pruned; decisions refer to them",
-    "company_secret_proposals": "the server scrubs expired proposals itself",
-    "company_transfer_runs": "the server ends idle transfers itself",
-    "tool_oauth_states": "the server prunes it itself",
-    "issue_create_idempotency_keys": "the server prunes it itself",
-    "adapter_auth_sessions": "the server ends them itself",
-    "issues": "tasks are archived, never pruned",
-    "issue_comments": "it holds work, not a log",
-}
-
 
 def _record_activity(row: Activity) -> sa.Insert:
     values = {
@@ -184,7 +145,6 @@ PAPERCLIP = Layout(
     name="paperclip",
     companies=COMPANIES,
     logs={log.name: log for log in _LOGS},
-    never=_NEVER,
     landmarks=(COMPANIES, ISSUES, RUNS, ACTIVITY),
     record_activity=_record_activity,
 )

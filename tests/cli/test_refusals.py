@@ -1,0 +1,329 @@
+"""Every bad input is refused in one line that says what to do, with the right exit status, and changes nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import boto3
+import pytest
+
+from tests.cli.helpers import INLINE, PRUNE, begin, check_refusal, complete, keys, refused, start, world
+from tests.conftest import ROOT, Deployment
+from worker.errors import Refused
+from worker.layouts import LAYOUTS
+
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+PLAN = ("plan", "prune-logs")
+
+
+@pytest.fixture(scope="module")
+def before(standing: Deployment) -> dict[str, tuple[int, str]]:
+    """The shared deployment as it was at first."""
+    return world(standing)
+
+
+def _unchanged(standing: Deployment, before: dict[str, tuple[int, str]]) -> None:
+    assert world(standing) == before
+    assert keys(standing) == []
+
+
+# What follows the command, and what the one line must say.
+_WORDS: list[tuple[tuple[str, ...], str]] = [
+    (("run", "nosuch"), "no job 'nosuch'.*prune-logs"),
+    (("plan", "nosuch"), "no job 'nosuch'.*prune-logs"),
+    (("nosuch",), "nosuch"),
+    (("runs", "nosuch"), "nosuch"),
+    ((*PLAN, "--nosuch"), "--nosuch"),
+    ((*INLINE, "--older-than", "90"), "90.*is not a duration.*90d"),
+    ((*INLINE, "--older-than", "abc"), "abc.*is not a duration"),
+    ((*INLINE, "--older-than", "-5d"), "-5d.*is not a duration"),
+    ((*INLINE, "--older-than", "0d"), "0d.*above zero"),
+    ((*INLINE, "--older-than", ""), "is not a duration"),
+    ((*INLINE, "--older-than", "9\uff10d"), "is not a duration"),
+    ((*INLINE, "--older-than", "999999w"), "--older-than"),
+    ((*INLINE, "--company", UNKNOWN), f"{UNKNOWN} is not a company"),
+    ((*PLAN, "--company", UNKNOWN), f"{UNKNOWN} is not a company"),
+    ((*INLINE, "--company", "acme"), "acme.*is not an id"),
+    ((*INLINE, "--table", "nosuch"), "nosuch is not a log.*activity_log"),
+    ((*INLINE, "--table", ""), "is not a log"),
+    ((*INLINE, "--table", "activity_log; DROP TABLE companies"), "is not a log"),
+    ((*PLAN, "--table", "cost_events"), "cost_events is never pruned.*budgets"),
+    ((*INLINE, "--table", "cost_events"), "cost_events is never pruned.*budgets"),
+    ((*INLINE, "--table", "session", "--company", UNKNOWN), "session belong to no company"),
+    ((*INLINE, "--table", "plugin_logs", "--keep-security"), "plugin_logs does not say"),
+    ((*INLINE, "--detach"), "exclude each other"),
+    ((*PRUNE, "--inline"), "destructive.*--yes"),
+    ((*PRUNE, "--inline", "--json"), "destructive.*--yes"),
+    ((*PRUNE, "--inline", "--plan", "nosuch"), "--plan is not the hash of a plan"),
+    ((*PRUNE, "--inline", "--plan", ""), "--plan is not the hash of a plan"),
+    ((*PRUNE, "--inline", "--plan", "20260101T000000.000000Z-" + "0" * 23), "--plan is not the hash of a plan"),
+    ((*PRUNE, "--inline", "--plan", "20260101T000000.000000Z-" + "0" * 24), "--plan.*drifted"),
+    ((*PRUNE, "--inline", "--plan", "29990101T000000.000000Z-" + "0" * 24), "--plan"),
+    (("runs", "show", "nosuch"), "no run has an id that starts with 'nosuch'"),
+    (("runs", "show", "last"), "no run"),
+    (("runs", "show", "%"), "no run"),
+    (("runs", "watch", "nosuch"), "no run"),
+    (("runs", "stop", "nosuch"), "no run"),
+    (("runs", "resume", "nosuch", "--inline"), "no run"),
+    (("runs", "list", "--state", "nosuch"), "nosuch"),
+    (("runs", "list", "--limit", "0"), "limit"),
+    (("receipts", "show", "999"), "no receipt 999"),
+    (("receipts", "show", "0"), "0"),
+    (("receipts", "show", "99999999999999999999"), "99999999999999999999"),
+    (("receipts", "verify", "--public-key", "/nosuch"), "nosuch"),
+    (("receipts", "verify", "--public-key", __file__), "not a public key"),
+    (("keygen", "/nosuch/signing.pem"), "cannot be written"),
+    (("db", "grants", "--role", ""), "--role is not a name"),
+    (("db", "grants", "--role", "x" * 64), "--role is not a name"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), _WORDS, ids=[" ".join(words) for words, _ in _WORDS])
+def test_bad_words(
+    standing: Deployment, before: dict[str, tuple[int, str]], words: tuple[str, ...], says: str
+) -> None:
+    refused(standing, *words, says=says)
+    _unchanged(standing, before)
+
+
+def test_each_table_that_must_stay_has_a_reason() -> None:
+    for layout in LAYOUTS.values():
+        for table in layout.never:
+            with pytest.raises(Refused, match=rf"{table} is never pruned by age: .{{12,}}"):
+                layout.log(table)
+
+
+def _closed_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+_SHUT = _closed_port()
+# Variables that differ, the command, and what the one line must say.
+_SETTINGS: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
+    "no database": (
+        {"DATABASE_URL": f"postgres://someone:hunter2@127.0.0.1:{_SHUT}/db"},
+        INLINE,
+        "database cannot be reached.*DATABASE_URL",
+    ),
+    "no database for a plan": (
+        {"DATABASE_URL": f"postgres://someone:hunter2@127.0.0.1:{_SHUT}/db"},
+        PLAN,
+        "database cannot be reached.*DATABASE_URL",
+    ),
+    "DATABASE_URL unset": ({"DATABASE_URL": ""}, PLAN, "DATABASE_URL is not set"),
+    "no broker": (
+        {"PAPERCLIP_WORKER_BROKER_URL": f"redis://someone:hunter2@127.0.0.1:{_SHUT}/0"},
+        (*PRUNE, "--yes"),
+        "BROKER_URL.*does not answer.*--inline",
+    ),
+    "broker unset": ({"PAPERCLIP_WORKER_BROKER_URL": ""}, (*PRUNE, "--yes"), "BROKER_URL is not set"),
+    "no store": ({"PAPERCLIP_STORAGE_S3_ENDPOINT": f"http://127.0.0.1:{_SHUT}"}, INLINE, "cannot be reached"),
+    "no such bucket": ({"PAPERCLIP_WORKER_S3_BUCKET": "no-such-bucket"}, INLINE, "no-such-bucket.*NoSuchBucket"),
+    "bucket unset": ({"PAPERCLIP_WORKER_S3_BUCKET": ""}, INLINE, "S3_BUCKET is not set"),
+    "wrong S3 secret": ({"AWS_SECRET_ACCESS_KEY": "hunter2"}, INLINE, "store refuses.*credentials"),
+    "wrong S3 key id": ({"AWS_ACCESS_KEY_ID": "nobody"}, INLINE, "store refuses.*credentials"),
+    "no S3 credentials": (
+        {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "HOME": "/nosuch"},
+        INLINE,
+        "no S3 credentials",
+    ),
+    "signing key unset": ({"PAPERCLIP_WORKER_SIGNING_KEY_FILE": ""}, INLINE, "SIGNING_KEY_FILE is not set"),
+    "no signing key there": ({"PAPERCLIP_WORKER_SIGNING_KEY_FILE": "/nosuch"}, INLINE, "names no file"),
+    "signing key is no key": ({"PAPERCLIP_WORKER_SIGNING_KEY_FILE": __file__}, INLINE, "not an Ed25519 key"),
+    "catalogue file is no catalogue": (
+        {"PAPERCLIP_WORKER_CATALOGUE_FILE": __file__},
+        ("db", "check"),
+        "(?i)catalogue",
+    ),
+    "misspelt": ({"PAPERCLIP_WORKER_BITE_SECOND": "1"}, PLAN, "PAPERCLIP_WORKER_BITE_SECOND is not a setting"),
+    "wrong scheme": ({"DATABASE_URL": "mysql://someone:hunter2@localhost/db"}, PLAN, "DATABASE_URL must start with"),
+    "no number": ({"PAPERCLIP_WORKER_BITE_ROWS": "many"}, PLAN, "PAPERCLIP_WORKER_BITE_ROWS"),
+    "out of bounds": ({"PAPERCLIP_WORKER_PARALLEL": "0"}, PLAN, "PAPERCLIP_WORKER_PARALLEL"),
+    "prefix outside": ({"PAPERCLIP_WORKER_S3_PREFIX": "../app"}, PLAN, "PAPERCLIP_WORKER_S3_PREFIX"),
+}
+
+
+@pytest.mark.parametrize(("env", "words", "says"), _SETTINGS.values(), ids=list(_SETTINGS))
+def test_bad_settings(
+    standing: Deployment,
+    before: dict[str, tuple[int, str]],
+    env: dict[str, str],
+    words: tuple[str, ...],
+    says: str,
+) -> None:
+    assert "hunter2" not in refused(standing, *words, says=says, env=env)
+    _unchanged(standing, before)
+
+
+def test_a_wrong_password_is_not_repeated(standing: Deployment, before: dict[str, tuple[int, str]]) -> None:
+    user, _, rest = standing.environment["DATABASE_URL"].partition("@")
+    url = f"{user.rpartition(':')[0]}:hunter2@{rest}"
+    line = refused(standing, *INLINE, says="DATABASE_URL.*refuses the login", env={"DATABASE_URL": url})
+    assert "hunter2" not in line
+    url = f"{standing.environment['DATABASE_URL']}_not_there"
+    refused(standing, *INLINE, says="DATABASE_URL.*does not exist", env={"DATABASE_URL": url})
+    _unchanged(standing, before)
+
+
+def test_all_faults_of_the_settings_in_one_line(standing: Deployment, before: dict[str, tuple[int, str]]) -> None:
+    env = {
+        "DATABASE_URL": "mysql://someone:hunter2@localhost/db",
+        "PAPERCLIP_WORKER_BROKER_URL": "amqp://someone:hunter3@localhost",
+        "PAPERCLIP_WORKER_BITE_ROWS": "hunter4",
+        "PAPERCLIP_WORKER_BIGHT_ROWS": "hunter5",
+        "PAPERCLIP_WORKER_SIGNING_KEY_FILE": "",
+    }
+    line = refused(standing, *PRUNE, "--yes", says="settings: ", env=env)
+    assert all(name in line for name in env)
+    assert "hunter" not in line
+    _unchanged(standing, before)
+
+
+# -- a database that is not as it should be -------------------------------------------------------------
+
+
+def test_an_empty_database(fresh_database: Callable[..., str], make_deployment: Callable[..., Deployment]) -> None:
+    empty = make_deployment(fresh_database(), "paperclip")
+    for words in (INLINE, ("runs", "list"), ("receipts", "verify"), ("runs", "show", "last")):
+        refused(empty, *words, says="ledger is not there.*db init")
+    for words in (PLAN, ("db", "check"), ("db", "grants"), ("rehearse", "prune-logs")):
+        refused(empty, *words, says="neither the paperclip nor the guide layout")
+    empty.cli("db", "init")
+    refused(empty, *INLINE, says="neither the paperclip nor the guide layout")
+
+
+_DAMAGES: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "no ledger": ("DROP SCHEMA paperclip_worker CASCADE", INLINE, "ledger is not there.*db init"),
+    "older ledger": (
+        "UPDATE paperclip_worker.alembic_version SET version_num = '0000'",
+        INLINE,
+        "older release.*init",
+    ),
+    "newer ledger": ("UPDATE paperclip_worker.alembic_version SET version_num = '9999'", INLINE, "newer.*upgrade"),
+    "newer ledger, init": (
+        "UPDATE paperclip_worker.alembic_version SET version_num = '9999'",
+        ("db", "init"),
+        "newer",
+    ),
+    "half a layout": ("ALTER TABLE issues RENAME TO elsewhere", INLINE, "nearest is paperclip, which lacks issues"),
+    "a column of the log": (
+        "ALTER TABLE activity_log RENAME COLUMN action TO verb",
+        INLINE,
+        r"lacks activity_log\.action",
+    ),
+    "a column of a guard": (
+        "ALTER TABLE decision_effect_executions RENAME COLUMN activity_log_id TO other",
+        INLINE,
+        r"prune-logs needs decision_effect_executions\.activity_log_id",
+    ),
+    "no company": ("TRUNCATE companies CASCADE", INLINE, "no company: is DATABASE_URL the right database"),
+}
+
+
+@pytest.mark.parametrize(("damage", "words", "says"), _DAMAGES.values(), ids=list(_DAMAGES))
+def test_a_damaged_database(released: Deployment, damage: str, words: tuple[str, ...], says: str) -> None:
+    released.query(damage)
+    found = world(released)
+    refused(released, *words, says=says)
+    assert world(released) == found
+    assert keys(released) == []
+
+
+# -- runs ----------------------------------------------------------------------------------------------
+
+
+def test_the_same_work_twice(released: Deployment) -> None:
+    run = start(released.operations)
+    found = world(released)
+    for words in (INLINE, (*PRUNE, "--yes"), (*PRUNE, "--yes", "--detach"), (*INLINE, "--older-than", "30d")):
+        refused(released, *words, says=f"already under way: run {run}", status=3)
+    assert world(released) == found
+
+
+def test_runs_that_cannot_be_named_stopped_or_resumed(released: Deployment) -> None:
+    for last in "12":
+        released.query(
+            "INSERT INTO paperclip_worker.runs (id, job, params, exclusion, layout, state, now, actor, via) VALUES "
+            f"('aaaaaaaa-0000-4000-8000-00000000000{last}', 'prune-logs', '{{}}', 'x', 'paperclip', 'kept', now(), "
+            "'tester', 'test')"
+        )
+    run = str(complete(released)["run"])
+    found = world(released)
+    for name in ("aaaa", "AAAAAAAA-0000", ""):
+        refused(released, "runs", "show", name, says="runs have an id that starts with")
+    refused(released, "runs", "stop", run, says="is kept; only a run under way")
+    refused(released, "runs", "resume", run, "--inline", says="is kept; only a stopped or failed")
+    assert world(released) == found
+
+
+@pytest.mark.parametrize("harm", ["other bytes", "cut", "gone"])
+def test_a_run_whose_archive_was_tampered_with_is_not_resumed(released: Deployment, harm: str) -> None:
+    run = str(begin(released))
+    released.cli("runs", "stop", run)
+    found = world(released)
+    environment = released.environment
+    bucket, prefix = environment["PAPERCLIP_WORKER_S3_BUCKET"], environment["PAPERCLIP_WORKER_S3_PREFIX"]
+    key = prefix + next(one for one in keys(released) if one.endswith(".zst"))
+    client = boto3.client("s3", endpoint_url=environment["PAPERCLIP_STORAGE_S3_ENDPOINT"], region_name="us-east-1")
+    body = client.get_object(Bucket=bucket, Key=key)["Body"].read()
+    if harm == "gone":
+        client.delete_object(Bucket=bucket, Key=key)
+    else:
+        changed = body[:-1] if harm == "cut" else body[:20] + bytes([body[20] ^ 1]) + body[21:]
+        client.put_object(Bucket=bucket, Key=key, Body=changed)
+    refused(released, "runs", "resume", run, "--inline", says="archive object .* is missing or has other bytes")
+    assert world(released) == found
+    client.put_object(Bucket=bucket, Key=key, Body=body)
+    client.close()
+    assert released.json("runs", "resume", run, "--inline")["kept"]
+
+
+def test_a_terminal_is_asked_and_no_is_no(released: Deployment) -> None:
+    """The typed confirmation, on a real terminal."""
+    found = world(released)
+    answer, out = _answer(released, "yes\n")
+    assert answer == 2
+    assert "type activity_log to go on" in out
+    assert "not confirmed; nothing was started" in out
+    assert world(released) == found
+    answer, out = _answer(released, "activity_log\n")
+    assert answer == 0
+    assert "kept" in out
+
+
+def _answer(deployment: Deployment, text: str) -> tuple[int, str]:
+    """Run `run prune-logs --inline` on a terminal and answer what it asks."""
+    ours, theirs = os.openpty()
+    try:
+        os.write(ours, text.encode())
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "cli.py"), *PRUNE, "--inline"],
+            stdin=theirs,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            env=deployment.process_environment(),
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_services_refuse_to_start_on_what_would_fail_every_message(released: Deployment, tmp_path: Path) -> None:
+    for service in ("worker", "beat"):
+        done = released.cli(service, ok=False, env={"PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(tmp_path / "none")})
+        check_refusal(done, says="SIGNING_KEY_FILE names no file", status=2)
+    released.query("DROP SCHEMA paperclip_worker CASCADE")
+    for service in ("worker", "beat"):
+        refused(released, service, says="ledger is not there")
