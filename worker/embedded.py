@@ -307,7 +307,7 @@ class S3(Server):
             "ip": "127.0.0.1",
             "ip.bind": "127.0.0.1",
             "master.telemetry": "false",
-            # Resuming takes a moment in which the store turns away its own volumes, for up to 19 s: data lies in those.
+            # While it resumes it turns its own volumes away, and a read or write may then wait up to 19 s.
             "master.resumeState": "false",
             "webdav": "false",
             "admin.ui": "false",

@@ -100,6 +100,7 @@ def test_the_cli_celery_and_the_ledger_know_it(copy: Path, released: Deployment)
             "celery = app.make(config.load())\n"
             "assert celery.conf.beat_schedule['count']['args'] == ('count',)\n"
             "celery.send_task('paperclip_worker.launch', ('count',))\n"
+            "celery.close()\n"
         )
         subprocess.run([sys.executable, "-c", script], env=environment, check=True)
         deadline = time.monotonic() + 30

@@ -44,6 +44,16 @@ def operations(*needs: Need) -> Operations:
     return found
 
 
+def broker(deployment: Operations) -> Callable[[UUID], None]:
+    """How a run reaches the workers. Refused, before any run exists, when the broker cannot be reached."""
+    from worker import app
+
+    celery = app.make(deployment.settings)
+    click.get_current_context().call_on_close(celery.close)
+    app.require_broker(celery)
+    return lambda run: app.send_work(celery, run)
+
+
 def print_json(value: Any) -> None:
     """One object on stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -152,7 +152,7 @@ def _run(
     deployment = common.operations(*needs)
     deployment.require_free(job)
     now = _approve(deployment, job, yes=yes, approved=approved, as_json=as_json)
-    send = _no_broker if inline else _broker(deployment)
+    send = _no_broker if inline else common.broker(deployment)
     run = deployment.start(
         job,
         actor=actor or _login(),
@@ -189,15 +189,6 @@ def _approve(deployment: Operations, job: Job, *, yes: bool, approved: str | Non
     if click.prompt(f"type {job.subject} to go on", default="", show_default=False) != job.subject:
         raise Refused("not confirmed; nothing was started")
     return plan.now
-
-
-def _broker(deployment: Operations) -> Callable[[Any], None]:
-    """How a run reaches the workers. Refused, before any run exists, when the broker cannot be reached."""
-    from worker import app
-
-    celery = app.make(deployment.settings)
-    app.require_broker(celery)
-    return lambda run: app.send_work(celery, run)
 
 
 def _no_broker(run: Any) -> None:

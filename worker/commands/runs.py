@@ -100,13 +100,7 @@ def resume(run: str, inline: bool, detach: bool, as_json: bool) -> int:
     from worker.config import Need
 
     deployment = common.operations(Need.SIGNING, *([] if inline else [Need.BROKER]))
-    send = None
-    if not inline:
-        from worker import app
-
-        celery = app.make(deployment.settings)
-        app.require_broker(celery)
-        send = celery
+    send = None if inline else common.broker(deployment)
     found = deployment.resume(run)
     if send is None:
         deployment.runner().work(found.id, seconds=math.inf)
@@ -114,7 +108,7 @@ def resume(run: str, inline: bool, detach: bool, as_json: bool) -> int:
             common.talk("another worker has the rest of it in hand")
             common.follow(deployment, found.id)
     else:
-        app.send_work(send, found.id)
+        send(found.id)
         if detach:
             click.echo(str(found.id))
             return Exit.KEPT
