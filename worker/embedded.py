@@ -1,8 +1,8 @@
 """Real servers for `demo` and the tests: PostgreSQL, a Redis-protocol server and S3, on free loopback ports.
 
-The one principle: nothing outside their own directory is changed, and no server outlives its parent unless asked
-to. They trust the machine's other users (the broker has no password): never a deployment. On macOS a parent that
-is killed outright leaves its servers behind; Linux ends them.
+The one principle: nothing outside their own directory is changed (but for sockets that weed keeps in /tmp while it
+runs), and no server outlives its parent unless asked to. They trust the machine's other users (the broker has no
+password): never a deployment. A parent that is killed outright leaves the directory behind, on macOS the servers too.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class _Place:
                     user=self.account.pw_uid if self.account else None,
                     group=self.account.pw_gid if self.account else None,
                     extra_groups=[] if self.account else None,
-                    preexec_fn=dies_with,  # noqa: PLW1509  (no library call in it takes a lock)
+                    preexec_fn=dies_with,  # noqa: PLW1509  (two system calls, no lock)
                 )
 
         return _SPAWNER.submit(run).result()

@@ -59,7 +59,8 @@ class Means:
         store, run = self._archive()
         objects = self.archived()
         if not objects:
-            return {"objects": 0}
+            # A bite that was killed may still have written one.
+            return {"objects": 0, "leftovers": archive.sweep_leftovers(store, table, run, set())}
         key = archive.root(table, run) + "manifest.json"
         sha256 = archive.write_manifest(store, key, facts, objects)
         stayed = archive.sweep_leftovers(store, table, run, {key, *(one.key for one in objects)})

@@ -164,7 +164,7 @@ def test_an_approved_plan_runs_and_needs_no_further_word(released: Deployment) -
 @pytest.mark.parametrize("drift", ["a row less", "other parameters"])
 def test_a_plan_the_world_has_drifted_from_is_refused(released: Deployment, drift: str) -> None:
     planned = released.json("plan", "prune-logs")
-    words = (*PRUNE, "--inline", "--plan", planned["hash"])
+    words: tuple[str, ...] = (*PRUNE, "--inline", "--plan", planned["hash"])
     if drift == "a row less":
         # In its place comes one like it, so that no count tells the two worlds apart.
         released.query(

@@ -102,7 +102,7 @@ def test_the_cli_celery_and_the_ledger_know_it(copy: Path, released: Deployment)
             "celery.send_task('paperclip_worker.launch', ('count',))\n"
             "celery.close()\n"
         )
-        subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+        subprocess.run([sys.executable, "-c", script], env=environment, check=True, cwd=copy)
         deadline = time.monotonic() + 30
         wanted = {("cli", "kept", True), ("schedule:count", "kept", False)}
         seen: set[tuple[str, str, bool]] = set()

@@ -1,4 +1,4 @@
-"""A worker in a process of its own that is killed at a chosen step: `python -m tests.faults.doomed STEP RUN`.
+"""A worker in a process of its own that is killed at a chosen step.
 
 It works inline, without a broker. The kill is SIGKILL to itself, so nothing after the step runs.
 """
@@ -6,17 +6,17 @@ It works inline, without a broker. The kill is SIGKILL to itself, so nothing aft
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from uuid import UUID
 
 import psycopg
 
 from tasks.prune_logs import PruneLogs
-from worker import archive, audit, config, ledger
+from worker import archive, audit, config, ledger, logs
 from worker.operations import Operations
 from worker.storage import S3Store
 
@@ -29,7 +29,9 @@ BITE: dict[str, tuple[Any, str, int, bool]] = {
     "after apply": (PruneLogs, "apply", 3, True),
     "bite recorded": (ledger, "record_bite", 3, True),
 }
+FIRST = "first object written"
 AROUND: dict[str, tuple[Any, str, int, bool]] = {
+    FIRST: (S3Store, "put", 1, True),
     "after plan": (PruneLogs, "plan", 1, True),
     "shards laid out": (ledger, "add_shards", 1, True),
     "before verify": (PruneLogs, "verify", 1, False),
@@ -97,6 +99,24 @@ def _pass() -> None:
     pass
 
 
-if __name__ == "__main__":
-    arm(sys.argv[1])
-    Operations(config.load()).runner().work(UUID(sys.argv[2]), seconds=math.inf)
+def _work(step: str, run: UUID, environment: Mapping[str, str]) -> None:
+    logs.silence()
+    os.environ.update(environment)
+    arm(step)
+    Operations(config.load()).runner().work(run, seconds=math.inf)
+
+
+def work_and_die(environment: Mapping[str, str], step: str, run: UUID, *, bite_rows: int) -> None:
+    """Let a worker process work on the run until it is killed at the step."""
+    # A fork of a process that has done nothing but import: as good as a new one, and there at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    environment = {**environment, "PAPERCLIP_WORKER_BITE_ROWS": str(bite_rows)}
+    process = context.Process(target=_work, args=(step, run, environment))
+    process.start()
+    process.join(60)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    process.close()
+    assert code == -signal.SIGKILL, f"{step}: ended with {code}"

@@ -1,0 +1,146 @@
+"""What README and docs say is so: commands run, settings and tables are all there, and the recipe to undo works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import psycopg
+import pytest
+import zstandard
+from pydantic import AliasChoices
+
+from tests.cli.helpers import complete, find_command, keys
+from tests.conftest import ROOT, Deployment
+from worker.config import Settings
+from worker.layouts import LAYOUTS, catalogue
+from worker.layouts.catalogue import Retention
+from worker.metrics import LedgerCollector
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+_SERVICES = {"worker", "beat", "demo"}
+_BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_VARIABLE = re.compile(r"^\| `([A-Z0-9_]+)` \| (.+?) \|", re.MULTILINE)
+
+
+def _commands(page: Path) -> list[tuple[str, ...]]:
+    """The worker's own commands in a page's console blocks, without the program's name."""
+    lines = [line for block in _BLOCK.findall(page.read_text(encoding="utf-8")) for line in block.splitlines()]
+    words = [tuple(shlex.split(line, comments=True)) for line in lines]
+    return [one[1:] for one in words if one[:1] == ("paperclip-worker",)]
+
+
+_EVERY = [(page, words) for page in PAGES for words in _commands(page)]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), _EVERY, ids=[f"{page.name}: {shlex.join(words)}" for page, words in _EVERY]
+)
+def test_a_command_that_is_shown_exists(page: Path, words: tuple[str, ...]) -> None:
+    command, rest = find_command(words)
+    command.make_context(command.name, rest)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if _commands(page)], ids=lambda page: page.name)
+def test_the_commands_of_a_page_work_in_their_order(
+    released: Deployment, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = _commands(page)
+    acting = [words for words in shown if words[0] not in _SERVICES]
+    if any(words[0] == "worker" for words in shown) and not any("--detach" in words for words in shown):
+        with released.worker():
+            for words in acting:
+                released.cli(*words)
+    else:
+        for words in acting:
+            released.cli(*words)
+
+
+def test_the_first_screen_of_the_readme_has_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (first, *_) = _BLOCK.findall(text)
+    assert first.splitlines() == ["python3 .ci/start.py demo", "python3 .ci/start.py test"]
+    assert text.index(first) < len("\n".join(text.splitlines()[:12]))
+
+
+def test_every_setting_is_explained_and_nothing_else_is() -> None:
+    rows = dict(_VARIABLE.findall((ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")))
+    defaults = {
+        str(name): field.default
+        for field in Settings.model_fields.values()
+        if isinstance(field.validation_alias, AliasChoices)
+        for name in field.validation_alias.choices
+    }
+    assert set(rows) == set(defaults)
+    for name, default in defaults.items():
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            assert rows[name] == f"`{default}`", name
+
+
+def test_every_log_and_every_table_that_stays_is_on_the_page() -> None:
+    text = (ROOT / "docs" / "prune-logs.md").read_text(encoding="utf-8")
+    layout = LAYOUTS["paperclip"]
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    for log in layout.logs.values():
+        assert f"`{log.age.name}`" in rows[log.name]
+        assert ("| yes |" in rows[log.name]) is log.record
+        assert all(keep.reason in rows for keep in (*log.keeps, *log.security_keep()))
+    refused = {name for line in text.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line)}
+    known = catalogue.load("paperclip").tables.values()
+    assert {one.name for one in known if one.retention is Retention.NEVER and one.reason != "not a log"} <= refused
+
+
+def test_every_metric_is_on_the_page(released: Deployment) -> None:
+    complete(released)
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    for family in LedgerCollector(released.operations).collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        assert f"`{name}`" in text
+
+
+def test_the_changelog_is_of_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).is_file(), (page.name, target)
+
+
+def test_no_page_names_a_path_of_some_machine() -> None:
+    for page in PAGES:
+        assert not re.search(r"(?<![\w.`/])/(work|tmp|home|root|Users)/", page.read_text(encoding="utf-8")), page.name
+
+
+@pytest.mark.parametrize("table", ["activity_log", "heartbeat_run_events"])
+def test_the_recipe_to_undo_brings_every_row_back(released: Deployment, table: str) -> None:
+    text = (ROOT / "docs" / "prune-logs.md").read_text(encoding="utf-8")
+    (load,) = re.findall(r"^\\copy back FROM rows\.jsonl (.+)$", text, re.MULTILINE)
+    (insert,) = re.findall(r"^(INSERT INTO activity_log .+);$", text, re.MULTILINE)
+    every = f"SELECT md5(string_agg(t::text, '' ORDER BY id)) FROM {table} t"
+    if table == "activity_log":
+        every += " WHERE action <> 'maintenance.logs_pruned'"
+    before = released.query(every)
+    complete(released, table=table)
+    assert released.query(every) != before
+    store = released.operations.store
+    assert store is not None
+    for _ in range(2):
+        for key in keys(released):
+            if key.endswith(".zst"):
+                body = zstandard.ZstdDecompressor().stream_reader(b"".join(store.read(key))).read()
+                _restore(released, body, load, insert.replace("activity_log", table))
+    assert released.query(every) == before
+
+
+def _restore(deployment: Deployment, body: bytes, load: str, insert: str) -> None:
+    with psycopg.connect(deployment.environment["DATABASE_URL"]) as connection:
+        connection.execute("CREATE TEMP TABLE back (line jsonb)")
+        with connection.cursor().copy(f"COPY back FROM STDIN {load}".encode()) as copy:
+            copy.write(body)
+        connection.execute(insert.encode())
