@@ -27,7 +27,7 @@ from botocore.exceptions import ClientError
 from redis import Redis
 from redis import exceptions as redis_errors
 
-from worker import embedded
+from worker import embedded, processes
 from worker.embedded import Embedded, stop_kept
 from worker.errors import Refused, WorkerError
 
@@ -41,7 +41,7 @@ IS_ROOT = os.geteuid() == 0
 # Starts the servers, tells where they are, and waits for its standard input to end.
 SCRIPT = """
 import json, os, sys
-from worker import embedded
+from worker import embedded, processes
 outlive = "outlive" in sys.argv
 servers = embedded.start(outlive=outlive, keep=outlive)
 told = {s.name: s.process.pid for s in (servers.postgres, servers.redis, servers.s3)}
@@ -99,11 +99,11 @@ def holds(env: Mapping[str, str], mark: str) -> bool:
 
 
 def children() -> set[int]:
-    return {pid for pid, (parent, _) in embedded._processes().items() if parent == os.getpid()}
+    return {pid for pid, (parent, _) in processes.process_table().items() if parent == os.getpid()}
 
 
 def alive(pids: list[int]) -> list[int]:
-    live = embedded._processes()
+    live = processes.process_table()
     return [pid for pid in pids if pid in live]
 
 
@@ -117,7 +117,7 @@ def gone(pids: list[int], seconds: float = 15) -> bool:
 def tree(running: Embedded) -> list[int]:
     """The servers' processes and their children."""
     roots = {one.process.pid for one in (running.postgres, running.redis, running.s3)}
-    return [pid for pid, (parent, _) in embedded._processes().items() if pid in roots or parent in roots]
+    return [pid for pid, (parent, _) in processes.process_table().items() if pid in roots or parent in roots]
 
 
 class Parent:
