@@ -41,7 +41,7 @@ for _command in commands.all_commands():
 def main() -> None:
     """Run the command line; every refusal and failure is one sentence on stderr and an exit status."""
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(prog_name="paperclip-worker", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(Exit.REFUSED)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from worker.rowset import RowSet
 
 
+_LONGEST = timedelta(days=36_500)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneLogs(Job):
     """Delete log rows older than the retention period, archived to S3 first.
@@ -48,8 +51,8 @@ class PruneLogs(Job):
     )
 
     def __post_init__(self) -> None:
-        if self.older_than <= timedelta(0):
-            raise Refused("--older-than must be above zero")
+        if not timedelta(0) < self.older_than <= _LONGEST:
+            raise Refused("--older-than must be above zero and at most 36500d")
 
     @property
     def subject(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -196,15 +197,19 @@ def run_worker(settings: Settings, *, concurrency: int) -> None:
     """Run a worker in this process until it is told to stop; SIGTERM lets the bites in flight finish."""
     logs.configure()
     operations = Operations(settings)
+    # Its news of every client is noise beside ours.
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     # Refuse at start what would fail every message: key, database, ledger.
-    operations.check_ready()
+    try:
+        operations.check_ready()
+    finally:
+        # The pool forks: a connection made here must not be shared with its children.
+        operations.close()
     app = make(settings)
     if settings.metrics_port is not None:
         from worker import metrics  # noqa: PLC0415 - only where a port is configured
 
         metrics.serve(operations, settings.metrics_port)
-    # The pool forks: a connection made here must not be shared with its children.
-    operations.engine.dispose()
     app.worker_main(
         ["worker", f"--concurrency={concurrency}", "--loglevel=INFO", "--without-gossip", "--without-mingle"]
     )
@@ -213,5 +218,9 @@ def run_worker(settings: Settings, *, concurrency: int) -> None:
 def run_beat(settings: Settings) -> None:
     """Run beat in this process until it is told to stop."""
     logs.configure()
-    Operations(settings).check_ready()
+    operations = Operations(settings)
+    try:
+        operations.check_ready()
+    finally:
+        operations.close()
     make(settings).Beat(loglevel="INFO").run()

@@ -109,9 +109,15 @@ def translated() -> Iterator[None]:
         raise _translate(error) from error
 
 
+# A connection that the server refused has no SQLSTATE in libpq, only the server's text.
+_LOGIN = ("password authentication failed", "no pg_hba.conf entry", "FATAL:  database", "FATAL:  role")
+
+
 def _translate(error: exc.DBAPIError | psycopg.Error) -> Exception:
     cause = error.orig if isinstance(error, exc.DBAPIError) else error
     state = getattr(cause, "sqlstate", None)
+    if any(text in str(cause) for text in _LOGIN):
+        return Refused("DATABASE_URL: the server refuses the login, or has no such database")
     if isinstance(cause, _GONE) or _lost(error, cause):
         return DatabaseGone("the database cannot be reached, or ended the connection; check DATABASE_URL")
     if isinstance(cause, pg.UndefinedTable) and "paperclip_worker." in str(cause):

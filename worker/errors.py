@@ -45,7 +45,12 @@ class LedgerMissing(Refused):
 
 
 class Transient(WorkerError):
-    """A fault outside that usually passes: the bite is rolled back and taken again."""
+    """A fault outside that usually passes: a bite is rolled back and taken again.
+
+    A command that meets it before there is a run has changed nothing.
+    """
+
+    exit_code = Exit.REFUSED
 
 
 class Contended(Transient):

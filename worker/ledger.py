@@ -121,6 +121,8 @@ def init(engine: sa.Engine) -> None:
 
     with db.transaction(engine, lock=30, statement=300) as connection:
         db.advisory_lock(connection, "ledger")
+        if (_version(connection) or "") > VERSION:
+            raise LedgerMissing("the ledger is of a newer release; upgrade this paperclip-worker")
         connection.execute(sa.schema.CreateSchema(SCHEMA, if_not_exists=True))
         config = Config()
         config.set_main_option("script_location", "worker:migrations")
@@ -130,17 +132,21 @@ def init(engine: sa.Engine) -> None:
 
 def require(connection: sa.Connection) -> None:
     """Raise LedgerMissing when the ledger is not there or not of this release."""
-    name = f"{SCHEMA}.alembic_version"
-    there = connection.scalar(sa.select(sa.func.to_regclass(name)))
-    version = there and connection.scalar(
-        sa.select(sa.column("version_num")).select_from(sa.table("alembic_version", schema=SCHEMA))
-    )
+    version = _version(connection)
     if version is None:
         raise LedgerMissing("the ledger is not there; run `paperclip-worker db init`")
     if version < VERSION:
         raise LedgerMissing("the ledger is of an older release; run `paperclip-worker db init`")
     if version > VERSION:
         raise LedgerMissing("the ledger is of a newer release; upgrade this paperclip-worker")
+
+
+def _version(connection: sa.Connection) -> str | None:
+    if connection.scalar(sa.select(sa.func.to_regclass(f"{SCHEMA}.alembic_version"))) is None:
+        return None
+    table = sa.table("alembic_version", schema=SCHEMA)
+    version: str | None = connection.scalar(sa.select(sa.column("version_num", sa.Text)).select_from(table))
+    return version
 
 
 def create(

@@ -81,6 +81,8 @@ class Operations:
         approved: str | None = None,
     ) -> UUID:
         """Enter a run, ready to be worked on. Everything that can be refused is refused before the run exists."""
+        # A key that cannot sign must be found before there is a run that could not settle.
+        self.runner()
         if job.archives:
             if self.store is None:
                 raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set; --without-archive does without it")
@@ -142,6 +144,7 @@ class Operations:
 
     def stop(self, name: str) -> Run:
         """Ask a run to stop after the bites in flight; where none is, it is settled here and now."""
+        runner = self.runner()
         with self.transaction() as connection:
             ledger.require(connection)
             run = ledger.find(connection, name)
@@ -151,7 +154,7 @@ class Operations:
             if held.state not in {State.QUEUED, State.RUNNING, State.VERIFYING}:
                 raise Refused(f"run {run.id} is {held.state}; only a run under way can be stopped")
             ledger.step(connection, held, State.STOPPING)
-        self.runner().work(run.id, seconds=0)
+        runner.work(run.id, seconds=0)
         return self.find(str(run.id))
 
     def resume(self, name: str) -> Run:
@@ -160,6 +163,7 @@ class Operations:
         Raises ArchiveTampered when what it archived before is no longer what was written. A run under way is
         left as it is: it only needs to be taken up again.
         """
+        self.runner()
         run = self.find(name)
         if run.state in ACTIVE:
             return run

@@ -57,6 +57,8 @@ class Runner:
         self._contended = False
         # The run whose bites are being taken, as it was when they began.
         self._running: Run | None = None
+        self._faulty: UUID | None = None
+        self._faults = 0
 
     def work(
         self,
@@ -72,14 +74,17 @@ class Runner:
         retried; any other ends the run as failed, with a receipt, and is raised.
         """
         until = time.monotonic() + seconds
-        faults, self._running = 0, None
+        self._running = None
+        if self._faulty != run:
+            self._faulty, self._faults = run, 0
         while True:
             try:
                 outcome = self._advance(run, call_help)
-                faults = 0
+                self._faults = 0
             except Transient as fault:
-                faults, outcome = faults + 1, None
-                self._after_fault(run, fault, faults)
+                # Counted beyond this slice: a store that hangs outlasts one.
+                self._faults, outcome = self._faults + 1, None
+                self._after_fault(run, fault, self._faults)
             except WorkerError as error:
                 self.give_up(run, str(error))
                 raise
@@ -244,6 +249,7 @@ class Runner:
             self._contended = True
             self._throttle.shrink()
         if faults >= MOST_FAULTS:
+            self._faults = 0
             if not isinstance(fault, DatabaseGone):
                 self.give_up(run, str(fault))
             raise fault
@@ -255,7 +261,8 @@ class Runner:
         for pause in (0.1, 0.5, 2.0):
             try:
                 self._end(run_id, None, State.FAILED, error=error)
-            except Contended:
+            except Transient:
+                # The fault that led here is what the caller raises; a rescue takes the run up again.
                 time.sleep(pause)
             else:
                 return

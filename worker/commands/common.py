@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,7 +11,7 @@ from uuid import UUID
 
 import click
 
-from worker.errors import Exit
+from worker.errors import Exit, WorkerError
 
 if TYPE_CHECKING:
     from worker.config import Need, Settings
@@ -101,6 +102,17 @@ def follow(deployment: Operations, run: UUID) -> bool:
     except KeyboardInterrupt:
         return False
     return True
+
+
+def work_inline(deployment: Operations, run: UUID) -> None:
+    """Work on a run in this process. A fault that ended the run is for `report` to tell; any other is raised."""
+    from worker.states import SETTLED
+
+    try:
+        deployment.runner().work(run, seconds=math.inf)
+    except WorkerError:
+        if deployment.find(str(run)).state not in SETTLED:
+            raise
 
 
 def report(deployment: Operations, run: UUID, *, as_json: bool) -> Exit:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -169,7 +168,7 @@ def _run(
             click.echo(str(run))
         return Exit.KEPT
     if inline:
-        deployment.runner().work(run, seconds=math.inf)
+        common.work_inline(deployment, run)
     elif not common.follow(deployment, run):
         common.talk(f"detached; the run goes on: paperclip-worker runs watch {run}")
         return Exit.KEPT

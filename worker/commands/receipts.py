@@ -35,7 +35,7 @@ def list_receipts(limit: int, as_json: bool) -> None:
 
 
 @receipts.command()
-@click.argument("seq", type=click.IntRange(min=1))
+@click.argument("seq", type=click.IntRange(1, 2**63 - 1))
 @common.json_option
 def show(seq: int, as_json: bool) -> None:
     """One receipt: with --json all of it, without just the signed text, byte for byte."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import click
 
 from worker.commands import common
@@ -103,14 +101,17 @@ def resume(run: str, inline: bool, detach: bool, as_json: bool) -> int:
     send = None if inline else common.broker(deployment)
     found = deployment.resume(run)
     if send is None:
-        deployment.runner().work(found.id, seconds=math.inf)
+        common.work_inline(deployment, found.id)
         if deployment.find(str(found.id)).state not in SETTLED:
             common.talk("another worker has the rest of it in hand")
             common.follow(deployment, found.id)
     else:
         send(found.id)
         if detach:
-            click.echo(str(found.id))
+            if as_json:
+                common.print_json(deployment.result(found.id))
+            else:
+                click.echo(str(found.id))
             return Exit.KEPT
         if not common.follow(deployment, found.id):
             return Exit.KEPT

@@ -45,7 +45,7 @@ def _run_live(run: sa.Column[Any]) -> Keep:
     return Keep(
         reason="run_live",
         why="its run has not ended, so the app still reads its rows as state",
-        rows=sa.exists().where(RUNS.c.id == run, RUNS.c.status.not_in(TERMINAL_RUN)),
+        rows=sa.exists(RUNS.c.id).where(RUNS.c.id == run, RUNS.c.status.not_in(TERMINAL_RUN)),
         reads=(RUNS,),
     )
 
@@ -56,7 +56,7 @@ def _issue_open() -> Keep:
     return Keep(
         reason="issue_open",
         why="its issue is open and visible; reviews, hand-offs and inboxes read its rows as state",
-        rows=sa.exists().where(
+        rows=sa.exists(ISSUES.c.id).where(
             ACTIVITY.c.entity_type == "issue",
             ACTIVITY.c.entity_id == sa.cast(ISSUES.c.id, sa.Text),
             ACTIVITY.c.company_id == ISSUES.c.company_id,
@@ -71,7 +71,7 @@ def _cited() -> Keep:
     return Keep(
         reason="cited",
         why="a decision's effect cites the row; deleting it would null the citation",
-        rows=sa.exists().where(EFFECTS.c.activity_log_id == ACTIVITY.c.id),
+        rows=sa.exists(EFFECTS.c.activity_log_id).where(EFFECTS.c.activity_log_id == ACTIVITY.c.id),
         reads=(EFFECTS,),
     )
 
