@@ -102,8 +102,8 @@ class PruneLogs(Job):
     def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:
         return self._expired(means).claim(means.connection, shard, after, limit, contended=means.contended)
 
-    def preserve(self, means: Means, batch: Batch) -> tuple[ArchivedObject, ...]:
-        return means.archive(self._expired(means), batch) if self._archived(means.layout) else ()
+    def preserve(self, means: Means, batch: Batch) -> tuple[Batch, tuple[ArchivedObject, ...]]:
+        return means.archive(self._expired(means), batch) if self._archived(means.layout) else (batch, ())
 
     def apply(self, means: Means, batch: Batch) -> Tally:
         return self._expired(means).delete(means.connection, batch)

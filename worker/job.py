@@ -164,11 +164,15 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The rows of one bite. `after` is the shard's cursor once the bite is committed (JSON)."""
+    """The rows of one bite. `after` is the shard's cursor once the bite is committed (JSON).
+
+    `exact`: the window holds nothing but rows that were found eligible in this very snapshot.
+    """
 
     after: Mapping[str, Any]
     window: sa.ColumnElement[bool]
     exhausted: bool
+    exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,9 +241,12 @@ class Job(abc.ABC):
         With `means.contended` it must lock what it can and leave what others hold.
         """
 
-    def preserve(self, means: Means, batch: Batch) -> tuple[ArchivedObject, ...]:  # noqa: ARG002
-        """Copy out what `apply` will destroy, and read it back. Takes no lock on the host's rows."""
-        return ()
+    def preserve(self, means: Means, batch: Batch) -> tuple[Batch, tuple[ArchivedObject, ...]]:  # noqa: ARG002
+        """Copy out what `apply` will destroy, and read it back. Takes no lock on the host's rows.
+
+        Returns the batch that `apply` is to change (just what was copied) and the objects.
+        """
+        return batch, ()
 
     @abc.abstractmethod
     def apply(self, means: Means, batch: Batch) -> Tally:

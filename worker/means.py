@@ -41,10 +41,14 @@ class Means:
 
         return RowSet(log=log, cutoff=cutoff, companies=companies, keeps=keeps)
 
-    def archive(self, rows: RowSet, batch: Batch) -> tuple[ArchivedObject, ...]:
-        """Write a batch's rows to the store and read them back."""
+    def archive(self, rows: RowSet, batch: Batch) -> tuple[Batch, tuple[ArchivedObject, ...]]:
+        """Write a batch's rows to the store and read them back; the batch of just these rows, and the objects."""
+        from worker.rowset import at  # noqa: PLC0415 - a cycle otherwise: rowset speaks of jobs
+
         store, run = self._archive()
-        return archive.write(store, self.connection, rows.lines(batch), table=rows.log.name, run=run)
+        query = rows.lines(batch)
+        objects, addresses = archive.write(store, self.connection, query, table=rows.log.name, run=run)
+        return at(batch, addresses), objects
 
     def archived(self) -> list[ArchivedObject]:
         """The objects of this run whose rows are gone from the database."""

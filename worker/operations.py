@@ -131,7 +131,7 @@ class Operations:
                     batch = job.claim(means, shard, cursor, limit)
                     if batch is None:
                         break
-                    job.preserve(means, batch)
+                    batch, _ = job.preserve(means, batch)
                     tally += job.apply(means, batch)
                     cursor, exhausted = batch.after, batch.exhausted
         return tally

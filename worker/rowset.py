@@ -257,18 +257,19 @@ class RowSet:
         )
 
     def lines(self, batch: Batch) -> sa.Select[Any]:
-        """Company, age and the whole row as JSON (every column, known to us or not) of a batch."""
+        """Company, age, address and the whole row as JSON (every column, known to us or not) of a batch."""
         return sa.select(
             self._company(),
             sa.cast(self.log.age, sa.Text),
+            _CTID,
             sa.func.row_to_json(self.log.table.table_valued()),
-        ).where(batch.window, self.eligible)
+        ).where(self._rows(batch))
 
     def delete(self, connection: sa.Connection, batch: Batch) -> Tally:
         """Delete the batch's rows; the tally has them per company."""
         gone = (
             sa.delete(self.log.table)
-            .where(batch.window, self.eligible)
+            .where(self._rows(batch))
             .returning(self._company().label("company"), self._size().label("size"))
             .cte("gone")
         )
@@ -276,6 +277,9 @@ class RowSet:
         return Tally(
             {(self.log.name, company): Amount(rows, int(size)) for company, rows, size in connection.execute(query)}
         )
+
+    def _rows(self, batch: Batch) -> sa.ColumnElement[bool]:
+        return batch.window if batch.exact else sa.and_(batch.window, self.eligible)
 
     # -- parts ----------------------------------------------------------------------------------------
 
@@ -296,6 +300,12 @@ class RowSet:
     def _qualified(self) -> sa.ColumnElement[str]:
         quote = postgresql.dialect().identifier_preparer.format_table  # type: ignore[no-untyped-call]
         return sa.literal(quote(self.log.table))
+
+
+def at(batch: Batch, addresses: str) -> Batch:
+    """The batch as exactly the rows at these addresses (a tid[] as text). Good in the same snapshot only."""
+    rows = sa.any_(sa.cast(sa.literal(addresses), sa.ARRAY(Tid()))) == _CTID
+    return Batch(after=batch.after, window=rows, exhausted=batch.exhausted, exact=True)
 
 
 def _tid(block: sa.ColumnElement[int]) -> sa.ColumnElement[str]:

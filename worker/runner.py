@@ -154,7 +154,7 @@ class Runner:
             tally, cursor = Tally(), held.cursor
             locked = time.monotonic()
             if batch is not None:
-                objects = job.preserve(means, batch)
+                batch, objects = job.preserve(means, batch)
                 locked = time.monotonic() if not self._contended else locked
                 tally, cursor = job.apply(means, batch), batch.after
                 _require_preserved(objects, tally)

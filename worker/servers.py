@@ -246,7 +246,7 @@ class S3(Server):
             *(f"-{key}={value}" for key, value in flags.items()),
         ]
         # Without a key of its own every write fails once a bucket has default encryption.
-        return self._spawn(command, GOMEMLIMIT="256MiB", GOGC="50", WEED_S3_SSE_KEY=self._sse_key)
+        return self._spawn(command, GOMEMLIMIT="512MiB", GOGC="100", WEED_S3_SSE_KEY=self._sse_key)
 
     def _answers(self) -> bool:
         import boto3  # noqa: PLC0415  (as above)

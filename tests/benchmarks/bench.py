@@ -26,7 +26,8 @@ SELECT gen_random_uuid(), c.id, 'agent', md5((g % 97)::text), 'issue.updated',
        CASE WHEN g % 2 = 0 THEN 'issue' ELSE 'project' END,
        CASE WHEN g % 2 = 0 THEN i.id::text ELSE md5(g::text)::uuid::text END,
        CASE WHEN g % 3 = 0 THEN r.id END,
-       jsonb_build_object('changes', jsonb_build_object('from', repeat('a', (g % 120)::int), 'to', g),
+       -- About 700 bytes a row as JSON, like the rows of performance.md.
+       jsonb_build_object('changes', jsonb_build_object('from', repeat(md5(g::text), (g % 14)::int), 'to', g),
                           'labels', jsonb_build_array('x', 'ü', g % 7)),
        now() - interval '200 days' + g * (interval '200 days' / %(rows)s)
 FROM generate_series(1, %(rows)s) g

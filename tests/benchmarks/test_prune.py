@@ -162,20 +162,21 @@ def _copy_through_zstd(environment: dict[str, str]) -> float:
     return rows / (time.perf_counter() - began)
 
 
-def _naive(environment: dict[str, str], rows: int) -> float:
-    """Rows/s of what cleaners usually do: fetch rows into Python, serialise, delete them by id."""
+def _naive(environment: dict[str, str]) -> float:
+    """Rows/s of what cleaners usually do with the same rows: fetch into Python, serialise, delete by id."""
     began, done = time.perf_counter(), 0
     with psycopg.connect(environment["DATABASE_URL"]) as connection:
-        while done < rows:
+        while True:
             found = connection.execute(
                 "SELECT * FROM activity_log WHERE created_at < now() - '100 days'::interval LIMIT 1000"
             ).fetchall()
+            if not found:
+                return done / (time.perf_counter() - began)
             packed = zstandard.compress("\n".join(json.dumps(row, default=str) for row in found).encode())
             connection.execute("DELETE FROM activity_log WHERE id = ANY(%s)", ([row[0] for row in found],))
             connection.commit()
             assert packed
             done += len(found)
-    return done / (time.perf_counter() - began)
 
 
 def test_with_archive(large: Bench, capsys: Any) -> None:
@@ -184,7 +185,7 @@ def test_with_archive(large: Bench, capsys: Any) -> None:
     for _ in range(bench.REPEATS):
         environment = large.database(MILLION)
         copies.append(_copy_through_zstd(environment))
-        naive.append(_naive(environment, 50_000))
+        naive.append(_naive(environment))
         environment = large.database(MILLION)
         with _Worker(environment) as worker:
             rows, seconds = _run(environment, worker=True)

@@ -216,8 +216,8 @@ def test_an_archive_that_misses_a_row_rolls_the_bite_back(
     original = type(job).preserve
 
     def loses_one(self: Job, means: Means, batch: Batch) -> Any:
-        first, *rest = original(self, means, batch)
-        return (replace(first, rows=first.rows - 1), *rest)
+        batch, (first, *rest) = original(self, means, batch)
+        return batch, (replace(first, rows=first.rows - 1), *rest)
 
     before = _ids(released)
     run = _start(released.operations, job)
