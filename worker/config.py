@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     AliasChoices,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -20,7 +22,8 @@ from pydantic import (
     model_validator,
 )
 
-from worker.errors import SettingsError
+from worker.errors import Refused, SettingsError
+from worker.params import duration
 
 OUR_PREFIX = "PAPERCLIP_WORKER_"
 # Read by worker/embedded.py, which runs where no Settings exist yet.
@@ -38,6 +41,18 @@ class Need(StrEnum):
 
 def _env(*names: str) -> Any:
     return AliasChoices(*names)
+
+
+def _duration(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return duration(value)
+    except Refused as error:
+        raise ValueError(str(error)) from None
+
+
+Duration = Annotated[timedelta, BeforeValidator(_duration)]
 
 
 class Settings(BaseModel):
@@ -88,6 +103,10 @@ class Settings(BaseModel):
     )
     rescue_after: Annotated[float, Field(ge=1, le=86_400)] = Field(
         180, validation_alias=_env("PAPERCLIP_WORKER_RESCUE_AFTER")
+    )
+    retention_floor: Duration | None = Field(None, validation_alias=_env("PAPERCLIP_WORKER_RETENTION_FLOOR"))
+    retention_ceiling: Duration = Field(
+        timedelta(days=36_500), validation_alias=_env("PAPERCLIP_WORKER_RETENTION_CEILING")
     )
     metrics_port: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
         None, validation_alias=_env("PAPERCLIP_WORKER_METRICS_PORT")
@@ -141,6 +160,12 @@ class Settings(BaseModel):
         if value is not None and not value.is_file():
             raise ValueError("names no file that can be read")
         return value
+
+    @model_validator(mode="after")
+    def _floor_below_ceiling(self) -> Settings:
+        if self.retention_floor is not None and self.retention_floor > self.retention_ceiling:
+            raise ValueError("PAPERCLIP_WORKER_RETENTION_FLOOR is over PAPERCLIP_WORKER_RETENTION_CEILING")
+        return self
 
     @model_validator(mode="after")
     def _apart_from_the_app(self) -> Settings:

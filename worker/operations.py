@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from worker import archive, audit, db, layouts, ledger, params, registry
 from worker.errors import Refused
 from worker.job import Job, Plan, Tally, horizon_of
-from worker.means import Means
+from worker.means import IN_FORCE, Means, Rules
 from worker.runner import Runner, check
 from worker.states import ACTIVE, RESUMABLE, State
 from worker.storage import NullStore, S3Store
@@ -65,6 +65,7 @@ class Operations:
         """What a run of `job` would change now; with `approved`, refused when the world has drifted from it."""
         now = _now() if approved is None else horizon_of(approved, now=_now())
         with self._checked(job, now) as means:
+            job.foresee(means)
             plan = job.plan(means)
         if approved is not None and plan.hash != approved:
             raise Refused("--plan: the world has drifted from that plan; make the plan again and approve it")
@@ -88,8 +89,8 @@ class Operations:
                 raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set; --without-archive does without it")
             self.store.check()
         now = now or _now()
-        with self._checked(job, now):
-            pass
+        with self._checked(job, now) as means:
+            job.foresee(means)
         with self.transaction() as connection:
             ledger.require(connection)
             return ledger.create(
@@ -125,8 +126,9 @@ class Operations:
                         connection=connection,
                         now=now,
                         layout=layouts.detect(connection),
+                        settings=self.settings,
                         run=UUID(int=0),
-                        store=NullStore(),
+                        store=NullStore(self.store),
                     )
                     batch = job.claim(means, shard, cursor, limit)
                     if batch is None:
@@ -225,10 +227,20 @@ class Operations:
         return runs
 
     @contextmanager
-    def _checked(self, job: Job, now: datetime) -> Iterator[Means]:
+    def _checked(self, job: Job, now: datetime, rules: Rules = IN_FORCE) -> Iterator[Means]:
         """A read-only scan of the live database, once the job is known to fit it."""
         with self.transaction(scan=True, read_only=True) as connection:
-            means = Means(connection=connection, now=now, layout=layouts.detect(connection))
+            layout = layouts.detect(connection)
+            # Legal holds and policies are in the ledger: without it nobody can say what would go.
+            ledger.require(connection)
+            means = Means(
+                connection=connection,
+                now=now,
+                layout=layout,
+                settings=self.settings,
+                store=self.store,
+                rules=rules,
+            )
             check(job, means)
             yield means
 

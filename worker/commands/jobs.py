@@ -42,6 +42,9 @@ class _Value(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, self._item.type):
             return value
+        if self._item.type is params.RunId:
+            # The start of an id, which the ledger is asked for once there is a connection.
+            return value
         try:
             return params.read(self._item.type, value)
         except Refused as error:
@@ -56,7 +59,7 @@ def _option(item: params.Param) -> click.Option:
     if item.type is bool:
         names = f"{item.option}/{item.off}" if item.off else item.option
         return click.Option([names], is_flag=True, default=item.default, help=item.help, show_default=True)
-    shown = params.duration_text(item.default) if item.metavar == "AGE" else None
+    shown = params.duration_text(item.default) if item.metavar == "AGE" and item.default else None
     return click.Option(
         [item.option],
         type=_Value(item),
@@ -64,12 +67,16 @@ def _option(item: params.Param) -> click.Option:
         multiple=item.many,
         default=item.default,
         help=item.help,
-        show_default=shown or not item.many,
+        show_default=shown or not (item.many or item.optional),
     )
 
 
 def _build(job: type[Job], given: dict[str, Any]) -> Job:
-    return job(**{item.name: given[item.name] for item in params.params_of(job)})
+    values = {item.name: given[item.name] for item in params.params_of(job)}
+    for item in params.params_of(job):
+        if item.type is params.RunId and values[item.name] is not None:
+            values[item.name] = params.RunId(str(common.operations().find(values[item.name]).id))
+    return job(**values)
 
 
 def _command(job: type[Job], run: Callable[..., Any], extra: list[click.Option]) -> click.Command:
