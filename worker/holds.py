@@ -6,25 +6,22 @@ SHARED before their snapshot, `add` takes EXCLUSIVE and so waits for those in fl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
 import sqlalchemy as sa
-from sqlalchemy import exc
 
-from worker.db import translated
-from worker.errors import Contended, Refused
-from worker.layouts.model import Keep, Records, Subject
+from worker.errors import Refused
+from worker.layouts.model import Keep, Layout, Records
 from worker.ledger import SCHEMA
 
 KINDS = ("company", "user", "task", "table")
 # LOCK TABLE takes no snapshot, so what a REPEATABLE READ transaction sees afterwards is as of when it got the lock.
 SHARED = f"LOCK TABLE {SCHEMA}.holds IN ROW EXCLUSIVE MODE"
-_EXCLUSIVE = f"LOCK TABLE {SCHEMA}.holds IN SHARE ROW EXCLUSIVE MODE"
-_WAIT = "SET LOCAL lock_timeout = '60s'"
+# Waits longer than a bite with a slow upload takes; bites that begin meanwhile wait behind it.
+EXCLUSIVE = f"SET LOCAL lock_timeout = '60s'; LOCK TABLE {SCHEMA}.holds IN SHARE ROW EXCLUSIVE MODE"
 
 _TIME = sa.DateTime(timezone=True)
 HOLDS = sa.Table(
@@ -117,16 +114,6 @@ def add(
     return Hold(**row._asdict())
 
 
-def exclusive(connection: sa.Connection) -> None:
-    """Let no bite begin, and wait for those in flight; to be the first statement of its transaction."""
-    connection.exec_driver_sql(_WAIT)
-    try:
-        with translated():
-            connection.exec_driver_sql(_EXCLUSIVE)
-    except (Contended, exc.DBAPIError) as error:
-        raise Refused("bites in flight do not end, so the change was not made; try again, or stop the run") from error
-
-
 def find(connection: sa.Connection, name: str) -> Hold:
     """The hold in force whose id starts with `name`. Refused when there is none, or more than one."""
     found = [hold for hold in every(connection) if str(hold.id).startswith(name.lower())] if name else []
@@ -143,12 +130,12 @@ def release(connection: sa.Connection, hold: UUID, *, actor: str, reason: str) -
     connection.execute(sa.update(HOLDS).where(HOLDS.c.id == hold, HOLDS.c.released_at.is_(None)).values(values))
 
 
-def resolve(connection: sa.Connection, subjects: Mapping[str, Subject], kind: str, name: str) -> str:
+def resolve(connection: sa.Connection, layout: Layout, kind: str, name: str) -> str:
     """The id of the company, user or task an operator named by id or by a name of its own.
 
     Refused when there is none, or when the name is that of several.
     """
-    subject = subjects[kind]
+    subject = layout.subjects[kind]
     key = sa.cast(subject.key, sa.Text)
     named = sa.or_(key == name, *(sa.func.lower(column) == name.lower() for column in subject.names))
     ids = connection.scalars(sa.select(key).where(named).order_by(key).limit(4)).all()

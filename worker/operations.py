@@ -47,10 +47,10 @@ class Operations:
         """A worker's loop on this deployment."""
         return Runner(self.settings, self.engine, store=self.store)
 
-    def transaction(self, *, scan: bool = False, read_only: bool = False) -> db.Transaction:
+    def transaction(self, *, scan: bool = False, read_only: bool = False, first: str | None = None) -> db.Transaction:
         """A transaction with the configured timeouts; `scan` allows the long reads of plan and verify."""
         seconds = self.settings.scan_timeout if scan else self.settings.statement_timeout
-        return db.transaction(self.engine, lock=2, statement=seconds, read_only=read_only)
+        return db.transaction(self.engine, lock=2, statement=seconds, read_only=read_only, first=first)
 
     def check_ready(self) -> None:
         """Raise what would fail every run: signing key, database, ledger, bucket."""
@@ -61,10 +61,13 @@ class Operations:
         if self.store is not None:
             self.store.check()
 
-    def plan(self, job: Job, *, approved: str | None = None) -> Plan:
-        """What a run of `job` would change now; with `approved`, refused when the world has drifted from it."""
+    def plan(self, job: Job, *, approved: str | None = None, rules: Rules = IN_FORCE) -> Plan:
+        """What a run of `job` would change now; with `approved`, refused when the world has drifted from it.
+
+        With `rules`, what it would change under other holds or policies than those in force.
+        """
         now = _now() if approved is None else horizon_of(approved, now=_now())
-        with self._checked(job, now) as means:
+        with self._checked(job, now, rules) as means:
             job.foresee(means)
             plan = job.plan(means)
         if approved is not None and plan.hash != approved:

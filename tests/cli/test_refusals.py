@@ -305,7 +305,7 @@ def test_a_terminal_is_asked_and_no_is_no(released: Deployment) -> None:
     answer, out = _answer(released, "yes\n")
     assert answer == 2
     assert "type activity_log to go on" in out
-    assert "not confirmed; nothing was started" in out
+    assert "not confirmed; nothing was started or changed" in out
     assert world(released) == found
     answer, out = _answer(released, "activity_log\n")
     assert answer == 0

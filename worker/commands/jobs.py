@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +159,7 @@ def _run(
     send = _no_broker if inline else common.broker(deployment)
     run = deployment.start(
         job,
-        actor=actor or _login(),
+        actor=actor or common.login(),
         via="cli",
         reason=reason,
         now=now,
@@ -188,24 +186,15 @@ def _approve(deployment: Operations, job: Job, *, yes: bool, approved: str | Non
         return deployment.plan(job, approved=approved).now
     if yes or not job.destructive:
         return None
-    if as_json or not sys.stdin.isatty():
-        raise Refused(f"{job.name} is destructive: confirm with --yes, or with --plan HASH of a plan you approved")
+    common.require_answer(yes=yes, as_json=as_json, what=f"{job.name} is destructive", other=" or --plan HASH")
     plan = deployment.plan(job)
     print_plan(plan)
-    if click.prompt(f"type {job.subject} to go on", default="", show_default=False) != job.subject:
-        raise Refused("not confirmed; nothing was started")
+    common.confirm(job.subject, yes=yes)
     return plan.now
 
 
 def _no_broker(run: Any) -> None:
     del run
-
-
-def _login() -> str:
-    try:
-        return getpass.getuser()
-    except OSError:
-        return "unknown"
 
 
 def print_plan(plan: Plan) -> None:
