@@ -7,7 +7,7 @@ import click
 
 def all_commands() -> list[click.Command]:
     """Every top-level command, in the order `--help` teaches them."""
-    from worker.commands import database, demo, jobs, receipts, runs, services
+    from worker.commands import database, demo, jobs, liveness, receipts, runs, services
 
     return [
         demo.demo,
@@ -21,4 +21,5 @@ def all_commands() -> list[click.Command]:
         receipts.keygen,
         services.worker,
         services.beat,
+        liveness.ping,
     ]

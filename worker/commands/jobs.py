@@ -197,7 +197,7 @@ def _no_broker(run: Any) -> None:
 def _login() -> str:
     try:
         return getpass.getuser()
-    except OSError:
+    except (OSError, KeyError):  # a user id without an account, as in a container; KeyError before Python 3.13
         return "unknown"
 
 
