@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from celery import Celery
 from celery.utils.nodenames import default_nodename, host_format
 from kombu import Connection
 from kombu.exceptions import OperationalError
-from redbeat.schedulers import RedBeatConfig
+from redbeat.schedulers import RedBeatConfig  # type: ignore[import-untyped]
 from redis.exceptions import RedisError
 
 from worker.errors import WorkerError
 
 if TYPE_CHECKING:
+    from kombu.transport.redis import Channel
+
     from worker.config import Settings
 
 BEAT_PREFIX = "paperclip-worker:beat:"
@@ -43,7 +46,8 @@ def ask(settings: Settings, *, timeout: float, beat: bool = False, here: bool = 
             if beat:
                 # redbeat's name for the lock that its one working beat extends at each tick
                 lock = RedBeatConfig(celery).lock_key
-                return Alive(beat=bool(connection.default_channel.client.exists(lock)))
+                channel = cast("Channel", connection.default_channel)
+                return Alive(beat=bool(channel.client.exists(lock)))
             only = [_node()] if here else None
             replies = celery.control.ping(destination=only, timeout=timeout, connection=connection)
             return Alive(workers=tuple(sorted(name for reply in replies or () for name in reply)))
@@ -60,7 +64,7 @@ def silence(*, beat: bool = False, here: bool = False) -> str:
 
 def _node() -> str:
     """The name that a worker of this host gives itself."""
-    return str(host_format(default_nodename(None)))
+    return str(host_format(default_nodename("")))
 
 
 @contextmanager
@@ -69,7 +73,7 @@ def _broker(celery: Celery, timeout: float) -> Iterator[Connection]:
     bounds = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
     try:
         with celery.connection_for_write(connect_timeout=timeout, transport_options=bounds) as connection:
-            connection.ensure_connection(max_retries=1, timeout=timeout)
+            connection.ensure_connection(max_retries=1, timeout=math.ceil(timeout))
             yield connection
     except (OSError, OperationalError, RedisError) as error:
         raise WorkerError("PAPERCLIP_WORKER_BROKER_URL: the broker does not answer") from error
