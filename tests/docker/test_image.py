@@ -18,7 +18,9 @@ from tests.docker import image
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FINAL = image.stages()[-1]
-_LIST = "import importlib.metadata as m, json; print(json.dumps({d.name.lower(): d.version for d in m.distributions()}))"
+_LIST = (
+    "import importlib.metadata as m, json; print(json.dumps({d.name.lower(): d.version for d in m.distributions()}))"
+)
 
 
 def test_hadolint_finds_nothing() -> None:

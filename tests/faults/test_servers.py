@@ -108,7 +108,7 @@ def test_a_killed_worker_s_run_is_finished_by_the_next(site: Deployment) -> None
 
 
 def test_a_worker_told_to_end_hands_its_run_to_the_next(site: Deployment) -> None:
-    """SIGTERM in the middle of a run: the bite ends, the worker too, and another goes on without waiting for rescue."""
+    """SIGTERM in the middle of a run: the bite ends, then the worker, and another goes on with no need of rescue."""
     before = rows(site)
     run = begin(site.operations)
     # So long a slice that the first would do the whole run in it, and no rescue within the test's time.
