@@ -80,7 +80,7 @@ def _copy(source: Path, target: Path, *, into: bool) -> None:
     if source.is_dir():
         shutil.copytree(source, target)
     else:
-        target.mkdir(parents=True, exist_ok=True) if into else target.parent.mkdir(parents=True, exist_ok=True)
+        (target if into else target.parent).mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
 
 

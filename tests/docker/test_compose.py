@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,27 @@ def test_every_variable_of_ours_is_a_setting(tmp_path: Path) -> None:
         assert settings.s3_endpoint == "http://s3:8333"
         assert "s3" in SERVERS
     assert (ROOT / "docker" / env_file("servers.env")["SETTINGS_FILE"]).is_file()
+
+
+def test_what_the_manual_has_compose_run_is_real() -> None:
+    text = (ROOT / "docs" / "docker.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^docker compose (-f .+)$", text, re.MULTILINE)
+    assert shown
+    for line in shown:
+        words = shlex.split(line)
+        assert (ROOT / words[1]).is_file()
+        if "run" in words:
+            service, *command = words[words.index("--rm") + 1 :]
+            found, rest = find_command(tuple(command or OURS[service]["command"]))
+            found.make_context(found.name, rest)
+        if "--env-file" in words:
+            assert (ROOT / words[words.index("--env-file") + 1]).is_file()
+        if "--scale" in words:
+            assert words[-1].partition("=")[0] in OURS
+
+
+@pytest.mark.parametrize("page", ["docker/Dockerfile", "docs/docker.md"])
+def test_the_version_is_the_same_everywhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"(?:paperclip-worker:|VERSION=)(\d\S+)", text)
+    assert set(found) == {VERSION}

@@ -133,7 +133,9 @@ def test_a_broker_without_a_password_does_not_start(
 ) -> None:
     _program(tmp_path, "valkey-server", embedded._find_redis())
     path = secrets / "redis_password"
-    path.unlink() if content is None else path.write_text(content)
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
     command = _script("redis", secrets)
     command[-1] = command[-1].replace("dir /data\n", f"dir {tmp_path}\nbind 127.0.0.1\nport {_port()}\n")
     done = subprocess.run(
