@@ -29,7 +29,7 @@ def ping(beat: bool, here: bool, timeout: float, as_json: bool) -> int:
 
     Needs only PAPERCLIP_WORKER_BROKER_URL. All answers within the time are counted; with --here the first ends the
     wait. With several beats one works and the rest wait: --beat is about the one. One that was killed is missed when
-    its lock in the broker lapses, after at most 150 seconds.
+    its lock in the broker lapses, after minutes.
 
     Exit status: 0 yes, 1 nobody answers, or the broker does not.
     """
