@@ -28,6 +28,8 @@ from worker.params import duration
 OUR_PREFIX = "PAPERCLIP_WORKER_"
 # Read by worker/embedded.py, which runs where no Settings exist yet.
 _NOT_SETTINGS = frozenset({"PAPERCLIP_WORKER_EMBEDDED_PG_BIN"})
+# A variable that names a file, and the secret setting that the file's one line is.
+FROM_FILE = {f"{name}_FILE": name for name in ("DATABASE_URL", "PAPERCLIP_WORKER_BROKER_URL")}
 
 
 class Need(StrEnum):
@@ -191,11 +193,12 @@ def _given(value: SecretStr | None, need: Need) -> str:
     return value.get_secret_value()
 
 
-_HAS = {
-    Need.DATABASE: lambda s: s.database_url,
-    Need.BROKER: lambda s: s.broker_url,
-    Need.STORAGE: lambda s: s.s3_bucket,
-    Need.SIGNING: lambda s: s.signing_key_file,
+# The variables by any of which a need is met.
+_GIVEN_BY = {
+    Need.DATABASE: ("DATABASE_URL", "DATABASE_URL_FILE"),
+    Need.BROKER: ("PAPERCLIP_WORKER_BROKER_URL", "PAPERCLIP_WORKER_BROKER_URL_FILE"),
+    Need.STORAGE: ("PAPERCLIP_WORKER_S3_BUCKET", "PAPERCLIP_STORAGE_S3_BUCKET"),
+    Need.SIGNING: ("PAPERCLIP_WORKER_SIGNING_KEY_FILE",),
 }
 
 
@@ -212,30 +215,47 @@ def load(environ: Mapping[str, str] | None = None, *, needs: Iterable[Need] = ()
         if name.startswith(OUR_PREFIX) and name not in known | _NOT_SETTINGS
     ]
     given: dict[str, Any] = {name: environ[name] for name in known if environ.get(name)}
+    faults += _read_files(given)
     settings = None
     try:
         settings = Settings.model_validate(given)
     except ValidationError as error:
         faults += [_fault(dict(item)) for item in error.errors(include_url=False, include_context=False)]
-    for need in needs:
-        if not (_HAS[need](settings) if settings else any(environ.get(n) for n in _spellings(need))):
-            faults.append(f"{need.value} is not set")
+    faults += [f"{need.value} is not set" for need in needs if not any(environ.get(n) for n in _GIVEN_BY[need])]
     if faults or settings is None:
         raise SettingsError("settings: " + "; ".join(faults))
     return settings
 
 
+def _read_files(given: dict[str, Any]) -> list[str]:
+    """Put the line of each file that `given` names in its setting's place; what is wrong with the files."""
+    faults = []
+    for variable, name in FROM_FILE.items():
+        path = given.pop(variable, None)
+        if path is None:
+            continue
+        if name in given:
+            faults.append(f"{name} and {variable} are both set; keep one")
+            continue
+        try:
+            line = Path(path).read_text(encoding="utf-8").removesuffix("\n")
+        except (OSError, ValueError):
+            faults.append(f"{variable} names no file of text that can be read")
+            continue
+        if line and line.isprintable():
+            given[name] = line
+        else:
+            faults.append(f"{variable} must name a file that holds one line")
+    return faults
+
+
 def _names() -> frozenset[str]:
-    return frozenset(
+    return frozenset(FROM_FILE) | frozenset(
         str(choice)
         for field in Settings.model_fields.values()
         if isinstance(field.validation_alias, AliasChoices)
         for choice in field.validation_alias.choices
     )
-
-
-def _spellings(need: Need) -> tuple[str, ...]:
-    return (need.value, "PAPERCLIP_STORAGE_S3_BUCKET") if need is Need.STORAGE else (need.value,)
 
 
 def _fault(item: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import click
 
 def all_commands() -> list[click.Command]:
     """Every top-level command, in the order `--help` teaches them."""
-    from worker.commands import database, demo, holds, jobs, policy, receipts, runs, services
+    from worker.commands import database, demo, holds, jobs, liveness, policy, receipts, runs, services
 
     return [
         demo.demo,
@@ -23,4 +23,5 @@ def all_commands() -> list[click.Command]:
         receipts.keygen,
         services.worker,
         services.beat,
+        liveness.ping,
     ]

@@ -70,7 +70,7 @@ def login() -> str:
     """The login name, where there is one."""
     try:
         return getpass.getuser()
-    except (OSError, KeyError):
+    except (OSError, KeyError):  # a user id without an account, as in a container; KeyError before Python 3.13
         return "unknown"
 
 
