@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tasks.prune_logs import PruneLogs
 from worker import canonical, config, logs, params, states
-from worker.commands import jobs
+from worker.commands import common
 from worker.config import Need
 from worker.errors import Refused, SettingsError
 from worker.job import Amount, Left, Plan, Tally, Target, horizon_of
@@ -143,7 +143,7 @@ def test_an_operator_without_an_account_is_unknown(monkeypatch: pytest.MonkeyPat
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    assert jobs._login() == "unknown"
+    assert common.login() == "unknown"
 
 
 def test_canonical_json_has_one_spelling() -> None:
