@@ -156,6 +156,8 @@ def cutoffs(
         periods = [rule.keep if rule and rule.keep else (asked or default) for rule in rules]
         return max(*periods, asked or timedelta(0))
 
+    if asked is None and None not in present:
+        require_within(default, settings, what=f"the default of {duration_text(default)} (a policy overrides it)")
     base = keeps(None)
     own = {whose: keeps(whose) for whose in {*present, *then} if whose is not None}
     return Cutoffs(

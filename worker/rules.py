@@ -47,7 +47,7 @@ def add_hold(
     _require_reason(reason)
     if until is not None and until <= datetime.now(UTC):
         raise Refused(f"--until: {until.isoformat()} is past")
-    with deployment.transaction(first=holds.EXCLUSIVE) as connection:
+    with holds.still(deployment) as connection:
         layout = _ready(connection)
         target = layout.records(name).name if kind == "table" else holds.resolve(connection, layout, kind, name)
         return holds.add(connection, kind=kind, target=target, reason=reason, actor=actor, until=until)
@@ -108,7 +108,7 @@ def set_policy(
     Refused under the floor, over the ceiling, and when there is nothing to take back.
     """
     _require_reason(reason)
-    with deployment.transaction(first=holds.EXCLUSIVE) as connection:
+    with holds.still(deployment) as connection:
         ledger.require(connection)
         _check(deployment, retention.versions(connection, table=table), company, keep)
         return retention.add(connection, table=table, company=company, keep=keep, reason=reason, actor=actor)

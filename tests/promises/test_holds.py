@@ -1,0 +1,322 @@
+"""Legal holds: what is held stays, whatever a run was told, and a hold binds from the moment it was entered."""
+
+from __future__ import annotations
+
+import math
+import threading
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pytest
+
+from tasks.archive_tasks import ArchiveTasks
+from tasks.prune_logs import PruneLogs
+from tests.cli.helpers import check_refusal, complete, keys, refused, world
+from tests.conftest import Deployment
+from worker import holds, rules
+from worker.job import Job
+from worker.params import RunId
+from worker.runner import Outcome
+from worker.states import State
+
+
+def _hold(deployment: Deployment, kind: str, name: str, *, until: datetime | None = None) -> holds.Hold:
+    return rules.add_hold(deployment.operations, kind=kind, name=name, reason="case 7", actor="counsel", until=until)
+
+
+def _release(deployment: Deployment, hold: holds.Hold) -> None:
+    rules.release_hold(deployment.operations, hold, reason="over", actor="counsel")
+
+
+def _held(deployment: Deployment, job: Job) -> int:
+    return sum(one.rows for one in deployment.operations.plan(job).left if one.reason == "legal_hold")
+
+
+def _run(deployment: Deployment, job: Job) -> dict[str, Any]:
+    run = deployment.operations.start(job, actor="tester", via="test")
+    assert deployment.operations.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    return deployment.operations.result(run)
+
+
+def _one(deployment: Deployment, query: str, *values: Any) -> Any:
+    ((found,),) = deployment.query(query, *values)
+    return found
+
+
+def _target(deployment: Deployment, kind: str) -> tuple[str, str]:
+    """What to hold, and a predicate of the old rows of the log that the hold must keep."""
+    guide = deployment.layout == "guide"
+    details = "metadata" if guide else "details"
+    if kind == "table":
+        return "activity_log", "true"
+    if kind == "company":
+        company = _one(deployment, "SELECT company_id::text FROM activity_log GROUP BY 1 ORDER BY count(*) LIMIT 1")
+        return company, f"company_id = '{company}'"
+    if kind == "user":
+        user = _one(deployment, "SELECT actor_id FROM activity_log WHERE actor_type = 'user' ORDER BY 1 LIMIT 1")
+        own = "" if guide else f" OR responsible_user_id = '{user}' OR entity_id = '{user}'"
+        return user, f"(actor_id = '{user}' OR {details}::text LIKE '%{user}%'{own})"
+    if guide:
+        task = _one(deployment, "SELECT metadata->>'taskId' FROM activity_log ORDER BY timestamp LIMIT 1")
+        return task, f"metadata::text LIKE '%{task}%'"
+    task = _one(
+        deployment,
+        "SELECT a.entity_id FROM activity_log a JOIN issues i ON i.id::text = a.entity_id AND i.status = 'done' "
+        "JOIN heartbeat_runs r ON r.context_snapshot->>'issueId' = a.entity_id "
+        "WHERE a.created_at < now() - interval '91 days' GROUP BY 1 ORDER BY count(*) DESC, 1 LIMIT 1",
+    )
+    of_runs = f"run_id IN (SELECT id FROM heartbeat_runs WHERE context_snapshot->>'issueId' = '{task}')"
+    return task, f"(entity_id = '{task}' OR {details}::text LIKE '%{task}%' OR {of_runs})"
+
+
+@pytest.mark.parametrize("kind", holds.KINDS)
+def test_held_rows_stay_are_counted_and_go_once_released(deployment: Deployment, kind: str) -> None:
+    target, rows = _target(deployment, kind)
+    age = '"timestamp"' if deployment.layout == "guide" else "created_at"
+    ids = f"SELECT id::text FROM activity_log WHERE {age} < now() - interval '90 days 1 hour' AND {rows} ORDER BY 1"
+    before = deployment.query(ids)
+    assert before
+    free = deployment.operations.plan(PruneLogs())
+    hold = _hold(deployment, kind, target)
+    held = _held(deployment, PruneLogs())
+    assert held > 0
+    result = _run(deployment, PruneLogs())
+    assert result["kept"]
+    assert deployment.query(ids) == before
+    assert result["rows"] == free.tally.total.rows - held + _kept_anyway(free, deployment)
+    assert sum(one["rows"] for one in result["left"] if one["reason"] == "legal_hold") == held
+    assert result["receipt"]["holds"] == [str(hold.id)]
+    assert result["receipt"]["left"] == result["left"]
+    _release(deployment, hold)
+    again = _run(deployment, PruneLogs())
+    assert again["rows"] > 0
+    assert again["receipt"]["holds"] == []
+    assert result["rows"] + again["rows"] == free.tally.total.rows
+
+
+def _kept_anyway(free: Any, deployment: Deployment) -> int:
+    """Held rows that another guard held back before the hold: they count under the hold now."""
+    before = sum(one.rows for one in free.left)
+    after = sum(one.rows for one in deployment.operations.plan(PruneLogs()).left if one.reason != "legal_hold")
+    return int(before - after)
+
+
+def test_a_mention_anywhere_in_the_details_is_enough(released: Deployment) -> None:
+    user = "Wq3_x%9"
+    released.query(
+        'INSERT INTO "user" (id, name, email, email_verified, created_at, updated_at) VALUES '
+        "(%s, 'x', 'x@x.example', true, now(), now())",
+        user,
+    )
+    row = _one(
+        released,
+        "UPDATE activity_log SET details = jsonb_build_object('deep', jsonb_build_array(jsonb_build_object('u', "
+        "%s::text))) WHERE id = (SELECT id FROM activity_log a WHERE created_at < now() - interval '100 days' "
+        "AND run_id IS NULL AND entity_type <> 'issue' AND NOT EXISTS (SELECT FROM decision_effect_executions "
+        "WHERE activity_log_id = a.id) LIMIT 1) RETURNING id",
+        user,
+    )
+    # One that a pattern with wildcards would take for it.
+    released.query(
+        'UPDATE activity_log SET details = \'{"u": "WqZ-xx-9"}\' WHERE id = (SELECT id FROM activity_log a '
+        "WHERE created_at < now() - interval '100 days' AND id <> %s AND run_id IS NULL AND entity_type <> 'issue' "
+        "AND NOT EXISTS (SELECT FROM decision_effect_executions WHERE activity_log_id = a.id) LIMIT 1)",
+        row,
+    )
+    _hold(released, "user", user)
+    assert _held(released, PruneLogs()) == 1
+    _run(released, PruneLogs())
+    assert _one(released, "SELECT count(*) FROM activity_log WHERE id = %s", row) == 1
+
+
+@pytest.mark.parametrize(("table", "column"), [("session", "user_id"), ("secret_access_events", "actor_id")])
+def test_holds_on_users_reach_the_other_logs(released: Deployment, table: str, column: str) -> None:
+    age = "expires_at" if table == "session" else "created_at"
+    user = _one(released, 'SELECT id FROM "user" ORDER BY 1 LIMIT 1')
+    released.query(f"UPDATE {table} SET {column} = %s WHERE {age} < now() - interval '2 days'", user)
+    job = PruneLogs(table=table, older_than=timedelta(days=1))
+    rows = released.operations.plan(job).tally.total.rows
+    assert rows > 0
+    hold = _hold(released, "user", user)
+    assert _held(released, job) > 0
+    assert _run(released, job)["rows"] < rows
+    assert _run(released, job)["rows"] == 0
+    _release(released, hold)
+    assert _run(released, job)["rows"] > 0
+
+
+@pytest.mark.parametrize("kind", holds.KINDS)
+def test_tasks_are_held_too(deployment: Deployment, kind: str) -> None:
+    table = "tasks" if deployment.layout == "guide" else "issues"
+    plan = deployment.operations.plan(ArchiveTasks())
+    owner = "created_by_user_id"
+    run = _run(deployment, ArchiveTasks())["run"]
+    assert _run(deployment, ArchiveTasks(undo=RunId(run)))["kept"]
+    task = _one(deployment, f"SELECT task::text FROM paperclip_worker.archived_tasks WHERE run_id = '{run}' LIMIT 1")
+    company, user = deployment.query(f"SELECT company_id::text, {owner} FROM {table} WHERE id = %s", task)[0]
+    _hold(deployment, kind, {"company": company, "user": user, "task": task, "table": table}[kind])
+    held = _held(deployment, ArchiveTasks())
+    assert held >= 1
+    assert (held == 1) is (kind == "task")
+    result = _run(deployment, ArchiveTasks())
+    assert result["kept"]
+    assert result["rows"] < plan.tally.total.rows
+    hidden = "archived" if table == "tasks" else "hidden_at IS NOT NULL"
+    assert _one(deployment, f"SELECT {hidden} FROM {table} WHERE id = %s", task) is False
+
+
+def test_a_hold_added_mid_run_takes_effect_on_the_next_bite(deployment: Deployment) -> None:
+    small = deployment.with_settings(bite_rows="50")
+    run = small.start(PruneLogs(), actor="tester", via="test")
+    bites = iter(range(4))
+    assert small.runner().work(run, seconds=math.inf, leave=lambda: next(bites, None) is None) is Outcome.MORE
+    done = small.result(run)["rows"]
+    assert 0 < done < small.result(run)["planned"]
+    _hold(deployment, "table", "activity_log")
+    assert small.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    result = small.result(run)
+    assert result["rows"] == done
+    # What was planned and is held now is no broken promise.
+    assert result["kept"]
+    assert sum(one["rows"] for one in result["left"] if one["reason"] == "legal_hold") > 0
+
+
+def test_adding_waits_for_the_bite_in_flight_and_binds_all_after_it(
+    released: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once `holds add` has returned, no bite that did not know of it can still commit."""
+    small = released.with_settings(bite_rows="50")
+    run = small.start(PruneLogs(), actor="tester", via="test")
+    small.runner().work(run, seconds=0)  # lays out
+    in_flight, go_on, added = threading.Event(), threading.Event(), threading.Event()
+    original = PruneLogs.apply
+
+    def waits(self: PruneLogs, *arguments: Any) -> Any:
+        found = original(self, *arguments)
+        in_flight.set()
+        assert go_on.wait(20)
+        return found
+
+    monkeypatch.setattr(PruneLogs, "apply", waits)
+    worker = threading.Thread(target=lambda: small.runner().work(run, seconds=0))
+    worker.start()
+    assert in_flight.wait(20)
+
+    def add() -> None:
+        _hold(released, "table", "activity_log")
+        added.set()
+
+    counsel = threading.Thread(target=add)
+    counsel.start()
+    assert not added.wait(0.5)
+    go_on.set()
+    worker.join(20)
+    assert added.wait(20)
+    counsel.join(20)
+    done = small.result(run)["rows"]
+    assert done > 0
+    assert small.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    assert small.result(run)["rows"] == done
+
+
+def test_bites_that_do_not_end_refuse_the_hold_rather_than_promise_it(
+    released: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holds, "EXCLUSIVE", holds.EXCLUSIVE.replace("60s", "200ms"))
+    with psycopg.connect(released.environment["DATABASE_URL"]) as bite:
+        bite.execute(holds.SHARED.encode())
+        with pytest.raises(holds.Busy, match="bites in flight"):
+            _hold(released, "table", "activity_log")
+    assert released.query("SELECT * FROM paperclip_worker.holds") == []
+
+
+def test_a_hold_ends_by_itself(released: Deployment) -> None:
+    hold = _hold(released, "table", "activity_log", until=datetime.now(UTC) + timedelta(hours=1))
+    assert _held(released, PruneLogs()) > 0
+    released.query("UPDATE paperclip_worker.holds SET until = now() - interval '1 second'")
+    assert _held(released, PruneLogs()) == 0
+    assert released.json("holds", "list") == {"holds": []}
+    (listed,) = released.json("holds", "list", "--all")["holds"]
+    assert (listed["id"], listed["state"]) == (str(hold.id), "ended")
+
+
+def test_the_command_line_adds_lists_and_releases(released: Deployment) -> None:
+    email, user = released.query('SELECT email, id FROM "user" ORDER BY 1 LIMIT 1')[0]
+    task, identifier = released.query("SELECT id::text, identifier FROM issues ORDER BY 2 LIMIT 1")[0]
+    name, company = released.query("SELECT name, id::text FROM companies ORDER BY 1 LIMIT 1")[0]
+    for words, target in (
+        (("--user", email.upper()), user),
+        (("--task", identifier), task),
+        (("--company", name), company),
+        (("--table", "activity_log"), "activity_log"),
+    ):
+        added = released.json("holds", "add", *words, "--reason", "case 7", "--actor", "counsel")
+        assert (added["target"], added["state"], added["actor"]) == (target, "in force", "counsel")
+    listed = released.json("holds", "list")["holds"]
+    assert [one["kind"] for one in listed] == ["table", "company", "task", "user"]
+    lines = released.cli("holds", "list").stdout.splitlines()
+    assert [line.split("\t")[1] for line in lines] == ["kind", "table", "company", "task", "user"]
+    for one in listed[1:]:
+        released.cli("holds", "release", one["id"], "--reason", "over", "--yes")
+    found = released.json("holds", "release", listed[0]["id"][:8], "--reason", "over", "--yes")
+    doomed = sum(one["rows"] for one in found["next_runs"] if one["table"] == "activity_log")
+    assert doomed == complete(released)["rows"] > 0
+    assert released.json("holds", "list") == {"holds": []}
+    assert {one["state"] for one in released.json("holds", "list", "--all")["holds"]} == {"released"}
+    refused(released, "holds", "release", listed[0]["id"], "--reason", "x", "--yes", says="released already")
+
+
+ADD = ("holds", "add", "--reason", "case 7")
+PAST = (datetime.now(UTC) - timedelta(days=1)).isoformat()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (ADD, "exactly one of --company, --user, --task and --table"),
+        ((*ADD, "--table", "activity_log", "--user", "x"), "exactly one of"),
+        ((*ADD, "--user", "nobody@nowhere.example"), "--user: there is no user with the id or email"),
+        ((*ADD, "--company", "acme"), "--company: there is no company with the id or name"),
+        ((*ADD, "--task", "ZZZ-1"), "--task: there is no task with the id or identifier"),
+        ((*ADD, "--table", "nosuch"), "nosuch is not a log"),
+        ((*ADD, "--table", "cost_events"), "cost_events is never pruned"),
+        ((*ADD, "--table", "activity_log", "--until", PAST), "--until: .* is past"),
+        ((*ADD, "--table", "activity_log", "--until", "soon"), "'soon' is not a date"),
+        (("holds", "add", "--table", "activity_log"), "--reason"),
+        (("holds", "add", "--table", "activity_log", "--reason", " "), "--reason is empty"),
+        (("holds", "release", "nosuch", "--reason", "x", "--yes"), "no hold has an id"),
+        (("holds", "release", "", "--reason", "x", "--yes"), "no hold has an id"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_words(released: Deployment, words: tuple[str, ...], says: str) -> None:
+    before = world(released)
+    refused(released, *words, says=says)
+    assert world(released) == before
+
+
+def test_an_email_of_two_is_no_target(released: Deployment) -> None:
+    released.query('UPDATE "user" SET email = \'same@demo.example\' WHERE id IN (SELECT id FROM "user" LIMIT 2)')
+    before = world(released)
+    refused(released, *ADD, "--user", "same@demo.example", says="more than one user; use the id: .*, ")
+    assert world(released) == before
+
+
+def test_releasing_asks(released: Deployment) -> None:
+    hold = _hold(released, "table", "activity_log")
+    before = world(released)
+    done = released.cli("holds", "release", str(hold.id), "--reason", "x", ok=False)
+    check_refusal(done, says="activity_log would no longer be held.*--yes", status=2)
+    assert world(released) == before
+    assert keys(released) == []
+
+
+def test_a_plan_goes_stale_when_a_hold_comes(released: Deployment) -> None:
+    planned = released.operations.plan(PruneLogs())
+    _hold(released, "company", str(planned.targets[0].company))
+    words = ("run", "prune-logs", "--inline", "--plan", planned.hash)
+    refused(released, *words, says="drifted")
+    run = released.operations.start(PruneLogs(), actor="tester", via="test")
+    assert released.operations.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    assert released.operations.find(str(run)).state is State.KEPT

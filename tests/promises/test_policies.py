@@ -1,0 +1,261 @@
+"""Retention policies: per company and table, versioned, bounded; what is wrong with one stops the deleting."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from tasks.archive_tasks import ArchiveTasks
+from tasks.prune_logs import PruneLogs
+from tests.cli.helpers import check_refusal, refused, world
+from tests.conftest import Deployment
+from worker import retention, rules
+from worker.errors import Refused
+from worker.job import Job
+from worker.layouts import LAYOUTS
+from worker.runner import Outcome
+
+SET = ("policy", "set", "--table", "activity_log", "--reason", "law 12")
+
+
+def _days(number: float) -> timedelta:
+    return timedelta(days=number)
+
+
+def _set(deployment: Deployment, keep: timedelta | None, *, company: str | None = None, table: str = "") -> None:
+    rules.set_policy(
+        deployment.operations,
+        table=table or "activity_log",
+        company=UUID(company) if company else None,
+        keep=keep,
+        reason="law 12",
+        actor="officer",
+    )
+
+
+def _planned(deployment: Deployment, job: Job) -> dict[str | None, int]:
+    return {one.company: one.rows for one in deployment.operations.plan(job).targets}
+
+
+def _companies(deployment: Deployment) -> list[str]:
+    return sorted(str(company) for company in _planned(deployment, PruneLogs()))
+
+
+def _run(deployment: Deployment, job: Job) -> dict[str, Any]:
+    run = deployment.operations.start(job, actor="tester", via="test")
+    assert deployment.operations.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    return deployment.operations.result(run)
+
+
+def _age(deployment: Deployment) -> str:
+    return '"timestamp"' if deployment.layout == "guide" else "created_at"
+
+
+def test_each_company_by_its_own_policy_the_others_by_that_for_all(deployment: Deployment) -> None:
+    first, second, third = _companies(deployment)
+    at = {days: _planned(deployment, PruneLogs(older_than=_days(days))) for days in (30, 90, 120, 180)}
+    assert at[30][first] > at[90][first] > at[120][first] > at[180][first] > 0
+    _set(deployment, _days(120))
+    _set(deployment, _days(180), company=first)
+    _set(deployment, _days(30), company=second)
+    expected = {first: at[180][first], second: at[30][second], third: at[120][third]}
+    assert _planned(deployment, PruneLogs()) == expected
+    result = _run(deployment, PruneLogs())
+    assert result["kept"]
+    assert {one["company"]: one["rows"] for one in result["tally"]} == expected
+    retained = result["receipt"]["evidence"]["retention"]
+    assert set(retained["companies"]) == {first, second}
+    youngest = dict(
+        deployment.query(
+            "SELECT company_id::text, max(extract(epoch FROM now() - "
+            f"{_age(deployment)}) / 86400)::float8 FROM activity_log WHERE action NOT LIKE 'maintenance.%' GROUP BY 1"
+        )
+    )
+    assert youngest[first] > 150
+
+
+def test_what_an_operator_asks_for_can_only_keep_longer(deployment: Deployment) -> None:
+    company = _companies(deployment)[0]
+    at = {days: _planned(deployment, PruneLogs(older_than=_days(days))) for days in (60, 120, 180)}
+    _set(deployment, _days(120), company=company)
+    for asked, keeps in ((60, 120), (180, 180)):
+        planned = _planned(deployment, PruneLogs(older_than=_days(asked)))
+        assert planned[company] == at[keeps][company]
+        others = {whose: rows for whose, rows in planned.items() if whose != company}
+        assert others == {whose: rows for whose, rows in at[asked].items() if whose != company}
+
+
+def test_versions_stay_and_a_policy_taken_back_is_none(released: Deployment) -> None:
+    free = _planned(released, PruneLogs())
+    _set(released, _days(120))
+    _set(released, _days(180))
+    _set(released, None)
+    assert _planned(released, PruneLogs()) == free
+    assert released.json("policy", "list") == {"policies": []}
+    history = released.json("policy", "list", "--history")["policies"]
+    assert [(one["version"], one["keep"]) for one in history] == [(1, "120d"), (2, "180d"), (3, None)]
+    assert {(one["actor"], one["reason"]) for one in history} == {("officer", "law 12")}
+    with pytest.raises(Refused, match="no such policy"):
+        _set(released, None)
+
+
+def test_tasks_have_policies_too(deployment: Deployment) -> None:
+    table = "tasks" if deployment.layout == "guide" else "issues"
+    company = sorted(map(str, _planned(deployment, ArchiveTasks())))[0]
+    longer = _planned(deployment, ArchiveTasks(older_than=_days(120)))[company]
+    assert longer < _planned(deployment, ArchiveTasks())[company]
+    _set(deployment, _days(120), company=company, table=table)
+    assert _planned(deployment, ArchiveTasks())[company] == longer
+    assert {one["company"]: one["rows"] for one in _run(deployment, ArchiveTasks())["tally"]}[company] == longer
+
+
+def test_a_preview_is_what_the_next_run_takes_more(released: Deployment) -> None:
+    now = _planned(released, PruneLogs())
+    before = world(released)
+    found = released.json("policy", "preview", "--table", "activity_log", "--keep", "45d")["next_runs"]
+    assert world(released) == before
+    check_refusal(released.cli(*SET, "--keep", "45d", ok=False), says="newly dooms .* rows.*--yes", status=2)
+    assert world(released) == before
+    made = released.json(*SET, "--keep", "45d", "--yes")
+    assert made["next_runs"] == found
+    assert (made["version"], made["keep"]) == (1, "45d")
+    then = _planned(released, PruneLogs())
+    assert {one["company"]: one["rows"] for one in found} == {
+        whose: rows - now[whose] for whose, rows in then.items()
+    }
+    # Longer dooms nothing and needs no word.
+    assert released.json(*SET, "--keep", "400d")["next_runs"] == []
+    # Taken back, 90 days hold again, which dooms what 400 days did not.
+    check_refusal(
+        released.cli("policy", "remove", "--table", "activity_log", "--reason", "x", ok=False),
+        says="newly dooms",
+        status=2,
+    )
+
+
+def test_a_policy_made_longer_mid_run_binds_the_next_bite(deployment: Deployment) -> None:
+    small = deployment.with_settings(bite_rows="50")
+    run = small.start(PruneLogs(), actor="tester", via="test")
+    bites = iter(range(3))
+    assert small.runner().work(run, seconds=math.inf, leave=lambda: next(bites, None) is None) is Outcome.MORE
+    done = small.result(run)["rows"]
+    _set(deployment, _days(400))
+    assert small.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    result = small.result(run)
+    assert 0 < done == result["rows"] < result["planned"]
+    assert result["kept"]
+
+
+def test_a_policy_made_shorter_mid_run_waits_for_the_next_run(deployment: Deployment) -> None:
+    planned = deployment.operations.plan(PruneLogs()).tally.total.rows
+    small = deployment.with_settings(bite_rows="50")
+    run = small.start(PruneLogs(), actor="tester", via="test")
+    bites = iter(range(3))
+    assert small.runner().work(run, seconds=math.inf, leave=lambda: next(bites, None) is None) is Outcome.MORE
+    _set(deployment, _days(10))
+    assert small.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    assert small.result(run)["rows"] == planned
+    assert _run(deployment, PruneLogs())["rows"] > 0
+
+
+@pytest.mark.parametrize(
+    ("bound", "says"),
+    [("RETENTION_FLOOR", "under the floor of 200d"), ("RETENTION_CEILING", "over the ceiling of 60d")],
+)
+def test_a_policy_that_the_settings_no_longer_allow_stops_its_tables_runs(
+    released: Deployment, bound: str, says: str
+) -> None:
+    _set(released, _days(120))
+    before = world(released)
+    env = {f"PAPERCLIP_WORKER_{bound}": "200d" if "FLOOR" in bound else "60d"}
+    for verb in ("plan", "rehearse"):
+        refused(released, verb, "prune-logs", says=f"the policy of activity_log .*{says}", env=env)
+    refused(released, "run", "prune-logs", "--inline", "--yes", says=says, env=env)
+    refused(released, *SET, "--keep", "120d", says=f"--keep 120d is {says}", env=env)
+    assert world(released) == before
+    # A table whose policy is in order is not stopped.
+    _set(released, _days(250 if "FLOOR" in bound else 50), table="plugin_logs")
+    released.cli("plan", "prune-logs", "--table", "plugin_logs", env=env)
+
+
+def test_an_age_under_the_floor_is_refused_whoever_asks(released: Deployment) -> None:
+    env = {"PAPERCLIP_WORKER_RETENTION_FLOOR": "60d"}
+    before = world(released)
+    refused(
+        released, "plan", "prune-logs", "--older-than", "30d", says="--older-than is under the floor of 60d", env=env
+    )
+    refused(released, "plan", "archive-tasks", says="30d.* is under the floor of 60d", env=env)
+    assert world(released) == before
+
+
+def test_bounds_that_contradict_each_other_are_a_fault_of_the_settings(released: Deployment) -> None:
+    env = {"PAPERCLIP_WORKER_RETENTION_FLOOR": "90d", "PAPERCLIP_WORKER_RETENTION_CEILING": "30d"}
+    refused(released, "plan", "prune-logs", says="FLOOR is over .*CEILING", env=env)
+    refused(
+        released, "plan", "prune-logs", says="FLOOR.*'soon' is not", env={"PAPERCLIP_WORKER_RETENTION_FLOOR": "soon"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((*SET, "--keep", "0d"), "above zero"),
+        ((*SET, "--keep", "many"), "not a duration"),
+        (SET, "--keep"),
+        ((*SET[:4], "--keep", "365d"), "--reason"),
+        ((*SET[:4], "--keep", "365d", "--reason", ""), "--reason is empty"),
+        ((*SET, "--keep", "365d", "--company", "nobody"), "--company: there is no company"),
+        (("policy", "set", "--table", "nosuch", "--keep", "365d", "--reason", "x"), "nosuch is not a log"),
+        (
+            ("policy", "set", "--table", "cost_events", "--keep", "365d", "--reason", "x"),
+            "cost_events is never pruned",
+        ),
+        (
+            (
+                "policy",
+                "set",
+                "--table",
+                "session",
+                "--keep",
+                "9d",
+                "--reason",
+                "x",
+                "--company",
+                "Northwind Robotics 1",
+            ),
+            "--company: the rows of session belong to no company",
+        ),
+        (("policy", "preview", "--table", "nosuch", "--keep", "9d"), "nosuch is not a log"),
+        (("policy", "remove", "--table", "activity_log", "--reason", "x"), "no such policy"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_words(released: Deployment, words: tuple[str, ...], says: str) -> None:
+    before = world(released)
+    refused(released, *words, says=says)
+    assert world(released) == before
+
+
+def test_many_companies_cost_one_term_a_moment(released: Deployment) -> None:
+    """The predicate grows with the distinct moments, not with the companies."""
+    found = [
+        retention.Policy(
+            table="activity_log",
+            company=UUID(int=number),
+            version=1,
+            keep=_days(30 + number % 3),
+            reason="x",
+            actor="x",
+            created_at=released.operations.plan(PruneLogs()).now - _days(1),
+        )
+        for number in range(300)
+    ]
+    now = found[0].created_at + _days(1)
+    cutoffs = retention.cutoffs(found, released.operations.settings, now=now, asked=None, default=_days(90))
+    assert len(set(cutoffs.special.values())) == 3
+    activity = LAYOUTS["paperclip"].logs["activity_log"]
+    assert str(cutoffs.old(activity.age, activity.company)).count("created_at <") == 4
