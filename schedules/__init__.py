@@ -1,4 +1,7 @@
-"""What beat starts, and when: one line per recurring job. Times are UTC."""
+"""What beat starts, and when: one line per recurring job, read in PAPERCLIP_WORKER_TIMEZONE.
+
+These are the defaults; a deployment changes them by its PAPERCLIP_WORKER_SCHEDULE_FILE (worker/timetable.py).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ class Entry:
 
     crontab: str
     job: Job
+    enabled: bool = True
 
 
 SCHEDULE: Mapping[str, Entry] = {

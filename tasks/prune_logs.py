@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from worker.errors import Refused
-from worker.job import Batch, Finding, Job, Plan, Shard, Tally, Verdict
+from worker.job import Batch, Finding, Job, Overdue, Plan, Shard, Tally, Verdict
 from worker.params import param, to_json
 
 if TYPE_CHECKING:
@@ -95,6 +95,10 @@ class PruneLogs(Job):
             left=left,
             notes=tuple(notes),
         )
+
+    def overdue(self, means: Means) -> tuple[Overdue, ...]:
+        rows, oldest = self._expired(means).overdue(means.connection)
+        return (Overdue(table=self.table, rows=rows, oldest=oldest),)
 
     def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:
         return self._expired(means).shards(means.connection, plan.targets, archive=self._archived(means.layout))

@@ -100,6 +100,12 @@ class RowSet:
             if rows
         }
 
+    def overdue(self, connection: sa.Connection) -> tuple[int, datetime | None]:
+        """How many rows go, and the age column of the oldest of them."""
+        query = sa.select(sa.func.count(), sa.func.min(self.log.age)).where(self.eligible)
+        rows, oldest = connection.execute(query).one()
+        return rows, oldest
+
     # -- slicing --------------------------------------------------------------------------------------
 
     def shards(self, connection: sa.Connection, targets: Sequence[Target], *, archive: bool) -> Iterator[Shard]:

@@ -14,6 +14,7 @@ from pydantic import AliasChoices
 
 from tests.cli.helpers import complete, find_command, keys
 from tests.conftest import ROOT, Deployment
+from worker import timetable
 from worker.config import Settings
 from worker.layouts import LAYOUTS, catalogue
 from worker.layouts.catalogue import Retention
@@ -96,7 +97,8 @@ def test_every_log_and_every_table_that_stays_is_on_the_page() -> None:
 def test_every_metric_is_on_the_page(released: Deployment) -> None:
     complete(released)
     text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    for family in LedgerCollector(released.operations).collect():
+    times = timetable.load(released.operations.settings)
+    for family in LedgerCollector(released.operations, times).collect():
         name = family.name + ("_total" if family.type == "counter" else "")
         assert f"`{name}`" in text
 

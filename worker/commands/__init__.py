@@ -17,6 +17,7 @@ def all_commands() -> list[click.Command]:
         runs.runs,
         receipts.receipts,
         services.schedule,
+        services.metrics,
         database.db,
         receipts.keygen,
         services.worker,
