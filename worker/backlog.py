@@ -51,5 +51,5 @@ def _keep(connection: sa.Connection, entry: str, found: tuple[Overdue, ...]) -> 
 
 def measured(connection: sa.Connection) -> list[tuple[str, str, int, datetime | None, datetime]]:
     """Entry, table, overdue rows, age column of the oldest of them, and when that was measured."""
-    order = (BACKLOG.c.entry, BACKLOG.c.table)
-    return [row._tuple() for row in connection.execute(sa.select(BACKLOG).order_by(*order))]
+    rows = connection.execute(sa.select(BACKLOG).order_by(BACKLOG.c.entry, BACKLOG.c.table))
+    return [(entry, table, number, oldest, at) for entry, table, number, oldest, at in rows]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery import Celery
 from celery.schedules import ParseException, crontab
@@ -25,6 +25,8 @@ from worker.errors import Refused, SettingsError
 if TYPE_CHECKING:
     from worker.config import Settings
     from worker.job import Job
+
+M = TypeVar("M", bound=BaseModel)
 
 # Beat's own, beside the jobs.
 RESCUE, MEASURE = "rescue", "measure"
@@ -113,14 +115,15 @@ class _Override(BaseModel, extra="forbid", strict=True):
     params: dict[str, Any] = {}
 
 
-class _File(BaseModel, extra="forbid"):
-    entry: dict[str, _Override] = {}
+class _File(BaseModel, extra="forbid", strict=True):
+    entry: dict[str, dict[str, Any]] = {}
 
 
 def _merged(entries: Mapping[str, Entry], file: Path) -> dict[str, Entry]:
     """The entries with what the file changes and adds."""
-    found, faults = dict(entries), []
-    for name, override in _read(file).items():
+    found, faults = dict(entries), list[str]()
+    for name, raw in _valid(_File, _toml(file), "", faults).entry.items():
+        override = _valid(_Override, raw, f"entry.{name}.", faults)
         reader = _Reader(f"entry.{name}", entries.get(name), override)
         if entry := reader.entry(name):
             found[name] = entry
@@ -164,10 +167,6 @@ class _Reader:
             return None
         try:
             cron(text)
-            # A day that comes in few years is found; one that never comes is not.
-            next(Timetable(timezone="UTC", entries={}).due_times(text, datetime(2026, 1, 1, tzinfo=UTC)))
-        except RuntimeError:
-            self._fault("crontab", "is never due")
         except ValueError as error:
             self._fault("crontab", str(error))
         return text
@@ -178,13 +177,14 @@ class _Reader:
             if known is None:
                 self._fault("", f"is no entry there is ({', '.join(schedules.SCHEDULE)}); to add one, give it a job")
             return type(known.job) if known else None
-        if known and name != known.job.name:
-            self._fault("job", f"is {known.job.name} for this entry; switch it off and add one of another name")
         try:
-            return registry.job(name)
+            kind = registry.job(name)
         except Refused as error:
             self._fault("job", str(error))
             return None
+        if known and name != known.job.name:
+            self._fault("job", f"is {known.job.name} for this entry; switch it off and add one of another name")
+        return kind
 
     def _job(self, kind: type[Job]) -> Job | None:
         given, items = self._override.params, {item.name: item for item in params.params_of(kind)}
@@ -212,20 +212,26 @@ class _Reader:
         self.faults.append(f"{self._place}{key and '.'}{key}: {what}")
 
 
-def _read(file: Path) -> dict[str, _Override]:
+def _toml(file: Path) -> dict[str, Any]:
     try:
-        return _File.model_validate(tomllib.loads(file.read_text(encoding="utf-8"))).entry
-    except ValidationError as error:
-        raise _wrong(file, [_said(item) for item in error.errors(include_url=False, include_input=False)]) from error
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise _wrong(file, [f"is not TOML: {error}"]) from error
     except (OSError, UnicodeDecodeError) as error:
         raise _wrong(file, [f"cannot be read: {type(error).__name__}"]) from error
 
 
-def _said(item: Any) -> str:
-    what = "is not a known key" if item["type"] == "extra_forbidden" else item["msg"]
-    return f"{'.'.join(map(str, item['loc']))}: {what}"
+def _valid(model: type[M], raw: dict[str, Any], place: str, faults: list[str]) -> M:
+    """The model of these values; of a key that does not fit a fault is noted, and it is left out."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        items = error.errors(include_url=False, include_input=False)
+    for item in items:
+        what = "is not a known key" if item["type"] == "extra_forbidden" else item["msg"]
+        faults.append(f"{place}{'.'.join(map(str, item['loc']))}: {what[0].lower()}{what[1:]}")
+    wrong = {item["loc"][0] for item in items}
+    return model.model_validate({key: value for key, value in raw.items() if key not in wrong})
 
 
 def _wrong(file: Path, faults: list[str]) -> SettingsError:
