@@ -99,9 +99,9 @@ class Site:
                 self.enqueue(run.id)
 
 
-def make(settings: Settings) -> Celery:
-    """The app for these settings. Refused when no broker is configured."""
-    times = timetable.load(settings)
+def make(settings: Settings, times: Timetable | None = None) -> Celery:
+    """The app for these settings, with their schedule. Refused when no broker is configured."""
+    times = times or timetable.load(settings)
     app = Celery("paperclip-worker", broker=settings.broker(), set_as_current=False)
     app.conf.update(_configuration(settings, times))
     site = Site(settings, times, app)
@@ -209,6 +209,7 @@ def beat_schedule(settings: Settings, times: Timetable) -> dict[str, Any]:
 def run_worker(settings: Settings, *, concurrency: int) -> None:
     """Run a worker in this process until it is told to stop; SIGTERM lets the bites in flight finish."""
     logs.configure()
+    times = timetable.load(settings)
     operations = Operations(settings)
     # Its news of every client is noise beside ours.
     logging.getLogger("botocore").setLevel(logging.WARNING)
@@ -218,11 +219,11 @@ def run_worker(settings: Settings, *, concurrency: int) -> None:
     finally:
         # The pool forks: a connection made here must not be shared with its children.
         operations.close()
-    app = make(settings)
+    app = make(settings, times)
     if settings.metrics_port is not None:
         from worker import metrics  # noqa: PLC0415 - only where a port is configured
 
-        metrics.serve(operations, timetable.load(settings), settings.metrics_port)
+        metrics.serve(operations, times, settings.metrics_port)
     app.worker_main(
         ["worker", f"--concurrency={concurrency}", "--loglevel=INFO", "--without-gossip", "--without-mingle"]
     )
@@ -231,13 +232,13 @@ def run_worker(settings: Settings, *, concurrency: int) -> None:
 def run_beat(settings: Settings) -> None:
     """Run beat in this process until it is told to stop."""
     logs.configure()
+    times = timetable.load(settings)
     operations = Operations(settings)
-    app = make(settings)
     try:
         operations.check_ready()
         with suppress(Contended), operations.transaction() as connection:
             # Contended: another beat that starts at this moment notes the same.
-            standing.note(connection, timetable.load(settings))
+            standing.note(connection, times)
     finally:
         operations.close()
-    app.Beat(loglevel="INFO").run()
+    make(settings, times).Beat(loglevel="INFO").run()

@@ -107,6 +107,20 @@ def test_a_due_time_that_passed_without_a_beat_is_caught_up_once(released: Deplo
     assert _launched(broker) == {ACTIVITY: 1}
 
 
+def test_a_beat_whose_redis_lost_its_data_ends_and_the_next_starts_anew(
+    released: Deployment, broker: redis.Redis
+) -> None:
+    """A beat that went on would go on with an empty schedule."""
+    with released.worker("beat", **BEAT) as beat:
+        wait(lambda: broker.get(LOCK) is not None)
+        broker.flushdb()
+        beat.wait(30)
+        assert beat.returncode != 0
+    with released.worker("beat", **BEAT):
+        wait(lambda: broker.zcard(DUE) == len(schedules.SCHEDULE) + 1 and broker.get(LOCK) is not None)
+    assert not _launched(broker)
+
+
 def test_an_entry_that_is_off_or_gone_vanishes_from_redis(
     released: Deployment, broker: redis.Redis, tmp_path: Path
 ) -> None:
