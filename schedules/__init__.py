@@ -1,10 +1,14 @@
-"""What beat starts, and when: one line per recurring job. Times are UTC."""
+"""What beat starts, and when: one line per recurring job, read in PAPERCLIP_WORKER_TIMEZONE.
+
+These are the defaults; a deployment changes them by its PAPERCLIP_WORKER_SCHEDULE_FILE (worker/timetable.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tasks.archive_tasks import ArchiveTasks
 from tasks.prune_logs import PruneLogs
 from worker.job import Job
 
@@ -15,9 +19,11 @@ class Entry:
 
     crontab: str
     job: Job
+    enabled: bool = True
 
 
 SCHEDULE: Mapping[str, Entry] = {
     "prune-activity-log": Entry("15 3 * * *", PruneLogs()),
     "prune-run-events": Entry("45 3 * * *", PruneLogs(table="heartbeat_run_events")),
+    "archive-tasks": Entry("15 4 * * *", ArchiveTasks()),
 }

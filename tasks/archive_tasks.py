@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from worker.errors import Refused
-from worker.job import Batch, Finding, Job, Plan, Right, Shard, Tally, Verdict, may_read
+from worker.job import Batch, Finding, Job, Overdue, Plan, Right, Shard, Tally, Verdict, may_read
 from worker.params import RunId, param, to_json
 
 if TYPE_CHECKING:
@@ -94,6 +94,10 @@ class ArchiveTasks(Job):
             left=left,
             notes=tuple(f"{keep.reason}: {keep.why}" for keep in rows.keeps),
         )
+
+    def overdue(self, means: Means) -> tuple[Overdue, ...]:
+        rows, oldest = self._rows(means).overdue(means.connection)
+        return (Overdue(table=means.layout.tasks.name, rows=rows, oldest=oldest),)
 
     def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:
         return means.shards(self._rows(means), plan)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from worker.errors import Refused
-from worker.job import Batch, Finding, Job, Plan, Right, Shard, Tally, Verdict, may_read
+from worker.job import Batch, Finding, Job, Overdue, Plan, Right, Shard, Tally, Verdict, may_read
 from worker.params import param, to_json
 
 if TYPE_CHECKING:
@@ -112,6 +112,10 @@ class PruneLogs(Job):
             left=left,
             notes=tuple(notes),
         )
+
+    def overdue(self, means: Means) -> tuple[Overdue, ...]:
+        rows, oldest = self._expired(means).overdue(means.connection)
+        return (Overdue(table=self.table, rows=rows, oldest=oldest),)
 
     def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:
         return means.shards(self._expired(means), plan, archive=self._archived(means.layout))

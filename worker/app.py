@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from celery import Celery, signals
-from celery.schedules import crontab
 from kombu.exceptions import OperationalError
 
-import schedules
-from worker import logs
-from worker.errors import DatabaseGone, Refused, UnderWay, WorkerError
+from worker import backlog, logs, standing, timetable
+from worker.errors import Contended, DatabaseGone, Refused, UnderWay, WorkerError
 from worker.liveness import BEAT_PREFIX
 from worker.logs import log
 from worker.operations import Operations
@@ -22,19 +21,23 @@ from worker.runner import Outcome, Runner
 
 if TYPE_CHECKING:
     from worker.config import Settings
+    from worker.timetable import Timetable
 
 QUEUE = "paperclip-worker"
 RESCUE_EVERY = 60.0
 # A run that was rescued so often dies for a reason an operator must see.
 MOST_RESCUES = 10
-_WORK, _LAUNCH, _RESCUE = (f"paperclip_worker.{name}" for name in ("work", "launch", "rescue"))
+_WORK, _LAUNCH, _RESCUE, _MEASURE = (
+    f"paperclip_worker.{name}" for name in ("work", "launch", timetable.RESCUE, timetable.MEASURE)
+)
 
 
 class Site:
     """What one worker process holds: made when its first message comes, after the pool has forked."""
 
-    def __init__(self, settings: Settings, app: Celery) -> None:
+    def __init__(self, settings: Settings, times: Timetable, app: Celery) -> None:
         self.settings = settings
+        self._times = times
         self._app = app
         # Set in the pool's parent and seen by its children: between two bites they hand their run back.
         self.draining = multiprocessing.Event()
@@ -73,11 +76,19 @@ class Site:
 
     def launch(self, name: str) -> None:
         """Start the run of a schedule entry, unless its like is under way."""
-        job = schedules.SCHEDULE[name].job
         try:
-            self.enqueue(self.operations.start(job, actor="beat", via=f"schedule:{name}"))
+            job = self._times.entry(name).job
+            self.enqueue(self.operations.start(job, actor="beat", via=standing.origin(name)))
         except UnderWay as error:
             log.warning("schedule entry skipped", entry=name, why=str(error))
+        except WorkerError as error:
+            # No run tells of it: the entry's missed due times do.
+            log.error("schedule entry not started", entry=name, error=str(error))
+
+    def measure(self) -> None:
+        """Measure the backlog of every schedule entry, for the metrics."""
+        for name, error in backlog.measure(self.operations, self._times).items():
+            log.warning("backlog not measured", entry=name, error=str(error))
 
     def rescue(self) -> None:
         """Send work for runs that nothing has moved for a while, and retire those that never move."""
@@ -89,11 +100,12 @@ class Site:
                 self.enqueue(run.id)
 
 
-def make(settings: Settings) -> Celery:
-    """The app for these settings. Refused when no broker is configured."""
+def make(settings: Settings, times: Timetable | None = None) -> Celery:
+    """The app for these settings, with their schedule. Refused when no broker is configured."""
+    times = times or timetable.load(settings)
     app = Celery("paperclip-worker", broker=settings.broker(), set_as_current=False)
-    app.conf.update(_configuration(settings))
-    site = Site(settings, app)
+    app.conf.update(_configuration(settings, times))
+    site = Site(settings, times, app)
 
     @app.task(name=_WORK, acks_late=True, reject_on_worker_lost=True, ignore_result=True)
     def work(run: str) -> None:
@@ -106,6 +118,10 @@ def make(settings: Settings) -> Celery:
     @app.task(name=_RESCUE, ignore_result=True)
     def rescue() -> None:
         site.rescue()
+
+    @app.task(name=_MEASURE, ignore_result=True)
+    def measure() -> None:
+        site.measure()
 
     @signals.worker_shutting_down.connect(weak=False)
     def drain(**_: Any) -> None:
@@ -132,7 +148,7 @@ def require_broker(app: Celery) -> None:
         raise Refused("PAPERCLIP_WORKER_BROKER_URL: the broker does not answer; start it, or use --inline") from error
 
 
-def _configuration(settings: Settings) -> dict[str, Any]:
+def _configuration(settings: Settings, times: Timetable) -> dict[str, Any]:
     transport = {
         # Longer than any slice with its last bite, so that a message is not handed out twice while in work.
         "visibility_timeout": settings.slice_seconds * 2 + 60,
@@ -148,6 +164,8 @@ def _configuration(settings: Settings) -> dict[str, Any]:
         "task_serializer": "json",
         "accept_content": ["json"],
         "task_ignore_result": True,
+        # Or beat adds an entry of its own to clean up results, which there are none of.
+        "result_expires": None,
         "task_create_missing_queues": True,
         "task_publish_retry_policy": {
             "max_retries": 8,
@@ -161,42 +179,38 @@ def _configuration(settings: Settings) -> dict[str, Any]:
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "broker_transport_options": transport,
-        "timezone": "UTC",
+        "timezone": times.timezone,
         "enable_utc": True,
         "beat_scheduler": "redbeat.RedBeatScheduler",
-        "beat_max_loop_interval": 30,
+        "beat_max_loop_interval": settings.beat_seconds,
         "redbeat_redis_url": settings.broker(),
+        "redbeat_redis_options": {"socket_timeout": 10, "socket_connect_timeout": 5},
         "redbeat_key_prefix": BEAT_PREFIX,
-        "redbeat_lock_timeout": 150,
-        "beat_schedule": beat_schedule(),
+        # How long after a beat was killed the other takes over.
+        "redbeat_lock_timeout": settings.beat_seconds * 5,
+        "beat_schedule": beat_schedule(settings, times),
     }
 
 
-def beat_schedule() -> dict[str, Any]:
-    """Celery's form of `schedules.SCHEDULE`, and the rescue of stalled runs."""
+def beat_schedule(settings: Settings, times: Timetable) -> dict[str, Any]:
+    """Celery's form of the entries that are on, of the rescue of stalled runs and of the backlog's measurement."""
     entries: dict[str, Any] = {
-        name: {"task": _LAUNCH, "schedule": cron(entry.crontab), "args": (name,)}
-        for name, entry in schedules.SCHEDULE.items()
+        name: {"task": _LAUNCH, "schedule": timetable.cron(entry.crontab), "args": (name,)}
+        for name, entry in times.enabled.items()
     }
-    entries["rescue"] = {"task": _RESCUE, "schedule": RESCUE_EVERY}
+    every = {timetable.RESCUE: (_RESCUE, RESCUE_EVERY)}
+    if settings.backlog_every:
+        every[timetable.MEASURE] = (_MEASURE, float(settings.backlog_every))
+    for name, (task, seconds) in every.items():
+        # What no worker took in time would only be done twice.
+        entries[name] = {"task": task, "schedule": seconds, "options": {"expires": seconds}}
     return entries
-
-
-def cron(text: str) -> crontab:
-    """A five-field crontab as Celery's own."""
-    minute, hour, day_of_month, month_of_year, day_of_week = text.split()
-    return crontab(
-        minute=minute,
-        hour=hour,
-        day_of_month=day_of_month,
-        month_of_year=month_of_year,
-        day_of_week=day_of_week,
-    )
 
 
 def run_worker(settings: Settings, *, concurrency: int) -> None:
     """Run a worker in this process until it is told to stop; SIGTERM lets the bites in flight finish."""
     logs.configure()
+    times = timetable.load(settings)
     operations = Operations(settings)
     # Its news of every client is noise beside ours.
     logging.getLogger("botocore").setLevel(logging.WARNING)
@@ -206,11 +220,11 @@ def run_worker(settings: Settings, *, concurrency: int) -> None:
     finally:
         # The pool forks: a connection made here must not be shared with its children.
         operations.close()
-    app = make(settings)
+    app = make(settings, times)
     if settings.metrics_port is not None:
         from worker import metrics  # noqa: PLC0415 - only where a port is configured
 
-        metrics.serve(operations, settings.metrics_port)
+        metrics.serve(operations, times, settings.metrics_port)
     app.worker_main(
         ["worker", f"--concurrency={concurrency}", "--loglevel=INFO", "--without-gossip", "--without-mingle"]
     )
@@ -219,9 +233,13 @@ def run_worker(settings: Settings, *, concurrency: int) -> None:
 def run_beat(settings: Settings) -> None:
     """Run beat in this process until it is told to stop."""
     logs.configure()
+    times = timetable.load(settings)
     operations = Operations(settings)
     try:
         operations.check_ready()
+        with suppress(Contended), operations.transaction() as connection:
+            # Contended: another beat that starts at this moment notes the same.
+            standing.note(connection, times)
     finally:
         operations.close()
-    make(settings).Beat(loglevel="INFO").run()
+    make(settings, times).Beat(loglevel="INFO").run()

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
     AliasChoices,
@@ -113,6 +114,15 @@ class Settings(BaseModel):
     metrics_port: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
         None, validation_alias=_env("PAPERCLIP_WORKER_METRICS_PORT")
     )
+    backlog_every: Annotated[int, Field(ge=0, le=86_400)] = Field(
+        900, validation_alias=_env("PAPERCLIP_WORKER_BACKLOG_EVERY")
+    )
+
+    timezone: str = Field("UTC", validation_alias=_env("PAPERCLIP_WORKER_TIMEZONE"))
+    schedule_file: Path | None = Field(None, validation_alias=_env("PAPERCLIP_WORKER_SCHEDULE_FILE"))
+    beat_seconds: Annotated[int, Field(ge=1, le=300)] = Field(
+        30, validation_alias=_env("PAPERCLIP_WORKER_BEAT_SECONDS")
+    )
 
     @field_validator("database_url")
     @classmethod
@@ -156,7 +166,16 @@ class Settings(BaseModel):
             raise ValueError("must name a folder of the worker's own, such as paperclip-worker/")
         return folder + "/"
 
-    @field_validator("signing_key_file", "catalogue_file")
+    @field_validator("timezone")
+    @classmethod
+    def _a_zone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (ValueError, OSError, ZoneInfoNotFoundError):
+            raise ValueError("must be the IANA name of a timezone, such as UTC or Europe/Berlin") from None
+        return value
+
+    @field_validator("signing_key_file", "catalogue_file", "schedule_file")
     @classmethod
     def _a_file(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_file():

@@ -6,16 +6,26 @@ SHARED before their snapshot, `add` takes EXCLUSIVE and so waits for those in fl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 
-from worker.errors import Refused
+from worker.errors import Contended, Refused
 from worker.layouts.model import Keep, Layout, Records
 from worker.ledger import SCHEMA
+
+if TYPE_CHECKING:
+    from worker.operations import Operations
+
+
+class Busy(Refused):
+    """Bites in flight do not end, so that a hold could not be promised; nothing was entered."""
+
 
 KINDS = ("company", "user", "task", "table")
 # LOCK TABLE takes no snapshot, so what a REPEATABLE READ transaction sees afterwards is as of when it got the lock.
@@ -112,6 +122,20 @@ def add(
     values = {"id": uuid4(), "kind": kind, "target": target, "reason": reason, "actor": actor, "until": until}
     row = connection.execute(sa.insert(HOLDS).values(values).returning(HOLDS)).one()
     return Hold(**row._asdict())
+
+
+@contextmanager
+def still(deployment: Operations) -> Iterator[sa.Connection]:
+    """A transaction in which no bite is in flight and none begins. Raises Busy when those in flight do not end."""
+    begun = False
+    try:
+        with deployment.transaction(first=EXCLUSIVE) as connection:
+            begun = True
+            yield connection
+    except Contended as error:
+        if begun:
+            raise
+        raise Busy("bites in flight do not end, so nothing was entered; try again, or stop the run") from error
 
 
 def find(connection: sa.Connection, name: str) -> Hold:

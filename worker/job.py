@@ -211,6 +211,15 @@ def may_read(tables: Iterable[sa.Table]) -> Iterator[Right]:
         yield Right(verb="SELECT", table=table, columns=tuple(table.c.keys()))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Overdue:
+    """Rows of one table that a run started now would change; `oldest` is None where a job cannot say."""
+
+    table: str
+    rows: int
+    oldest: datetime | None = None
+
+
 class Job(abc.ABC):
     """A frozen, keyword-only dataclass. Its docstring's first line is its promise and its `--help`."""
 
@@ -262,6 +271,13 @@ class Job(abc.ABC):
     @abc.abstractmethod
     def plan(self, means: Means) -> Plan:
         """What a run started at `means.now` would change. Reads only."""
+
+    def overdue(self, means: Means) -> tuple[Overdue, ...]:
+        """What a run started at `means.now` would change, per table, for the backlog. Reads only."""
+        rows: dict[str, int] = {}
+        for one in self.plan(means).targets:
+            rows[one.table] = rows.get(one.table, 0) + one.rows
+        return tuple(Overdue(table=table, rows=number) for table, number in rows.items())
 
     @abc.abstractmethod
     def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:

@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 from sqlalchemy import exc
-from sqlalchemy.dialects.postgresql import JSONB, distinct_on
+from sqlalchemy.dialects.postgresql import JSONB
 
 from worker import db
 from worker.archive import ArchivedObject
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from worker.job import Plan
 
 SCHEMA = "paperclip_worker"
-VERSION = "0002"
+VERSION = "0004"
 
 _meta = sa.MetaData(schema=SCHEMA)
 
@@ -50,7 +50,10 @@ SHARDS = sa.Table(
     "shards",
     _meta,
     _c("run_id", sa.Uuid),
-    *(_c(name, sa.BigInteger) for name in ("sweep", "number", "planned_rows", "bites", "rows", "bytes")),
+    *(
+        _c(name, sa.BigInteger)
+        for name in ("sweep", "number", "planned_rows", "bites", "rows", "bytes", "microseconds")
+    ),
     _c("key", sa.Text),
     *(_c(name, JSONB(none_as_null=True)) for name in ("spec", "cursor", "tally")),
     _c("done", sa.Boolean),
@@ -219,13 +222,6 @@ def recent(connection: sa.Connection, *, limit: int, state: State | None = None)
     return [_run(row) for row in connection.execute(query.where(RUNS.c.state == state) if state else query)]
 
 
-def last_by_origin(connection: sa.Connection) -> dict[str, str]:
-    """When the newest run of each origin (`via`) was entered, and its state."""
-    newest = sa.select(RUNS.c.via, RUNS.c.created_at, RUNS.c.state).ext(distinct_on(RUNS.c.via))
-    rows = connection.execute(newest.order_by(RUNS.c.via, RUNS.c.created_at.desc()))
-    return {via: f"{at.isoformat(timespec='seconds')} {state}" for via, at, state in rows}
-
-
 def _run(row: sa.Row[Any]) -> Run:
     return Run(**{**row._asdict(), "state": State(row.state)})
 
@@ -338,6 +334,7 @@ def record_bite(
             bites=held.bites + 1,
             rows=total.total.rows,
             bytes=total.total.bytes,
+            microseconds=SHARDS.c.microseconds + round(seconds * 1e6),
             tally=total.to_json(),
             touched_at=sa.func.clock_timestamp(),
         )

@@ -1,70 +1,209 @@
-"""Prometheus metrics, read from the ledger at each scrape: true whatever process did the work, and after restarts."""
+"""Prometheus metrics, read from the ledger at each scrape: true whatever process did the work, and after restarts.
+
+Labels are jobs, states, schedule entries, tables and kinds of rest, never runs or companies: their number is bounded.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
+from worker import backlog, ledger, standing
+from worker.errors import WorkerError
 from worker.ledger import RUNS, SHARDS
+from worker.logs import log
 from worker.states import State
 
 if TYPE_CHECKING:
     from worker.operations import Operations
+    from worker.timetable import Timetable
+
+_PREFIX = "paperclip_worker_"
+# Seconds: from a run that finds nothing to one that works through a first backlog.
+_BUCKETS = (1, 10, 60, 300, 900, 3_600, 14_400, 86_400)
+# States a run never leaves again; the duration of any other may still grow, and a counter must not shrink.
+_FINAL = (State.KEPT, State.UNKEPT)
 
 
 class LedgerCollector(Collector):
-    """Runs by state, bites, rows and bytes per job, seconds rested by reason."""
+    """Runs, work and rests per job; the schedule's standing; the backlog as it was last measured."""
 
-    def __init__(self, operations: Operations) -> None:
+    def __init__(self, operations: Operations, times: Timetable) -> None:
         self._operations = operations
+        self._times = times
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: a registry would otherwise scrape the database when the collector is registered."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
+        """Every family, of one snapshot of the ledger. Raises what the ledger raises."""
+        now = datetime.now(UTC)
         with self._operations.transaction(read_only=True) as connection:
-            states = connection.execute(
-                sa.select(RUNS.c.job, RUNS.c.state, sa.func.count()).group_by(RUNS.c.job, RUNS.c.state)
-            ).all()
-            work = connection.execute(
-                sa.select(RUNS.c.job, *(sa.func.sum(SHARDS.c[name]) for name in ("bites", "rows", "bytes")))
-                .join(SHARDS, SHARDS.c.run_id == RUNS.c.id)
-                .group_by(RUNS.c.job)
-            ).all()
-            each = sa.func.jsonb_each_text(RUNS.c.waits).table_valued("key", "value")
-            waits = connection.execute(
-                sa.select(RUNS.c.job, each.c.key, sa.func.sum(sa.cast(each.c.value, sa.BigInteger)))
-                .select_from(RUNS)
-                .join(each, sa.true())
-                .group_by(RUNS.c.job, each.c.key)
-            ).all()
-        runs = GaugeMetricFamily("paperclip_worker_runs", "Runs in the ledger", labels=["job", "state"])
-        seen = {(job, State(state)): number for job, state, number in states}
-        for job in sorted({job for job, _ in seen}):
-            for state in State:
-                runs.add_metric([job, state.value], seen.get((job, state), 0))
-        yield runs
-        for place, (name, what) in enumerate(
-            (("bites", "Transactions committed"), ("rows", "Rows changed"), ("bytes", "Bytes of the rows changed")), 1
-        ):
-            family = CounterMetricFamily(f"paperclip_worker_{name}", what, labels=["job"])
-            for row in work:
-                family.add_metric([row[0]], float(row[place]))
-            yield family
-        rests = CounterMetricFamily("paperclip_worker_rest_seconds", "Seconds rested", labels=["job", "reason"])
-        for job, kind, seconds in waits:
-            rests.add_metric([job, kind], float(seconds))
-        yield rests
+            ledger.require(connection)
+            yield from [
+                _runs(connection),
+                _run_seconds(connection),
+                *_work(connection),
+                _rests(connection),
+                *_schedule(standing.standings(connection, self._times, now=now)),
+                *_backlog(connection, self._times, now),
+            ]
 
 
-def serve(operations: Operations, port: int) -> None:
+class _Answering(Collector):
+    """The collector's families, or just that the ledger does not answer: a scrape never fails."""
+
+    def __init__(self, collector: LedgerCollector) -> None:
+        self._collector = collector
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        try:
+            families = list(self._collector.collect())
+        except WorkerError as error:
+            log.warning("scrape without the ledger", error=type(error).__name__)
+            families = []
+        up = GaugeMetricFamily(_PREFIX + "ledger_up", "Whether the ledger could be read for this scrape")
+        up.add_metric([], bool(families))
+        yield from [up, *families]
+
+
+def _runs(connection: sa.Connection) -> Metric:
+    rows = connection.execute(
+        sa.select(RUNS.c.job, RUNS.c.state, sa.func.count()).group_by(RUNS.c.job, RUNS.c.state)
+    ).all()
+    family = GaugeMetricFamily(_PREFIX + "runs", "Runs in the ledger", labels=["job", "state"])
+    seen = {(job, State(state)): number for job, state, number in rows}
+    for job in sorted({job for job, _ in seen}):
+        for state in State:
+            family.add_metric([job, state.value], seen.get((job, state), 0))
+    return family
+
+
+def _run_seconds(connection: sa.Connection) -> Metric:
+    """A run's duration is that from its entering to its settlement: waits for a worker and rests are in it."""
+    seconds = sa.extract("epoch", RUNS.c.settled_at - RUNS.c.created_at)
+    within = [sa.func.count().filter(seconds <= bucket) for bucket in _BUCKETS]
+    rows = connection.execute(
+        sa.select(RUNS.c.job, sa.func.sum(seconds), sa.func.count(), *within)
+        .where(RUNS.c.state.in_(_FINAL))
+        .group_by(RUNS.c.job)
+        .order_by(RUNS.c.job)
+    )
+    family = HistogramMetricFamily(
+        _PREFIX + "run_seconds", "Seconds from entering to settlement of kept and unkept runs", labels=["job"]
+    )
+    for job, total, count, *counts in rows:
+        buckets = [(str(float(bucket)), number) for bucket, number in zip(_BUCKETS, counts, strict=True)]
+        family.add_metric([job], [*buckets, ("+Inf", count)], float(total))
+    return family
+
+
+def _work(connection: sa.Connection) -> Iterator[Metric]:
+    names = ("bites", "rows", "bytes", "microseconds")
+    rows = connection.execute(
+        sa.select(RUNS.c.job, *(sa.func.sum(SHARDS.c[name]).label(name) for name in names))
+        .join(SHARDS, SHARDS.c.run_id == RUNS.c.id)
+        .group_by(RUNS.c.job)
+        .order_by(RUNS.c.job)
+    ).all()
+    kinds = {"bites": "Transactions committed", "rows": "Rows changed", "bytes": "Bytes of the rows changed"}
+    for name, what in kinds.items():
+        family = CounterMetricFamily(_PREFIX + name, what, labels=["job"])
+        for row in rows:
+            family.add_metric([row.job], float(row._mapping[name]))
+        yield family
+    seconds = SummaryMetricFamily(_PREFIX + "bite_seconds", "Seconds of the transactions committed", labels=["job"])
+    for row in rows:
+        seconds.add_metric([row.job], count_value=int(row.bites), sum_value=float(row.microseconds) / 1e6)
+    yield seconds
+
+
+def _rests(connection: sa.Connection) -> Metric:
+    each = sa.func.jsonb_each_text(RUNS.c.waits).table_valued("key", "value")
+    rows = connection.execute(
+        sa.select(RUNS.c.job, each.c.key, sa.func.sum(sa.cast(each.c.value, sa.BigInteger)))
+        .select_from(RUNS)
+        .join(each, sa.true())
+        .group_by(RUNS.c.job, each.c.key)
+        .order_by(RUNS.c.job, each.c.key)
+    )
+    family = CounterMetricFamily(_PREFIX + "rest_seconds", "Seconds rested", labels=["job", "reason"])
+    for job, kind, seconds in rows:
+        family.add_metric([job, kind], float(seconds))
+    return family
+
+
+def _schedule(found: list[standing.Standing]) -> Iterator[Metric]:
+    """Of the entries that are on."""
+    labels = ["entry", "job"]
+    last = GaugeMetricFamily(_PREFIX + "schedule_last_run_timestamp_seconds", "Newest run; 0: never", labels=labels)
+    due = GaugeMetricFamily(_PREFIX + "schedule_next_due_timestamp_seconds", "When it is next due", labels=labels)
+    missed = GaugeMetricFamily(_PREFIX + "schedule_missed", "Due times without a run since the newest", labels=labels)
+    for one in found:
+        if one.next is None or one.missed is None:
+            continue
+        place = [one.name, one.entry.job.name]
+        last.add_metric(place, one.last.at.timestamp() if one.last else 0)
+        due.add_metric(place, one.next.timestamp())
+        missed.add_metric(place, one.missed)
+    yield from (last, due, missed)
+
+
+def _backlog(connection: sa.Connection, times: Timetable, now: datetime) -> Iterator[Metric]:
+    """Of the entries that are on. The age is that of the row, which grows until a run takes it."""
+    labels = ["entry", "job", "table"]
+    rows = GaugeMetricFamily(_PREFIX + "backlog_rows", "Rows that are due to be changed", labels=labels)
+    age = GaugeMetricFamily(
+        _PREFIX + "backlog_oldest_age_seconds", "Age of the oldest row that is due", labels=labels
+    )
+    when = GaugeMetricFamily(
+        _PREFIX + "backlog_measured_timestamp_seconds", "When the backlog was measured", labels=labels
+    )
+    for name, table, number, oldest, measured_at in backlog.measured(connection):
+        if name not in times.enabled:
+            continue
+        place = [name, times.entries[name].job.name, table]
+        rows.add_metric(place, number)
+        when.add_metric(place, measured_at.timestamp())
+        if number == 0 or oldest is not None:
+            age.add_metric(place, (now - oldest).total_seconds() if oldest else 0)
+    yield from (rows, age, when)
+
+
+def text(collector: Collector) -> str:
+    """The collector's families in the text format. Raises what the collector raises."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return generate_latest(registry).decode()
+
+
+def samples(collector: Collector) -> list[dict[str, Any]]:
+    """The same as JSON: name, labels and value of every sample."""
+    return [
+        {"name": one.name, "labels": dict(one.labels), "value": one.value}
+        for family in collector.collect()
+        for one in family.samples
+    ]
+
+
+def serve(operations: Operations, times: Timetable, port: int) -> None:
     """Answer scrapes on `port` in a thread of this process."""
     registry = CollectorRegistry()
-    registry.register(LedgerCollector(operations))
+    registry.register(_Answering(LedgerCollector(operations, times)))
     start_http_server(port, registry=registry)

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from worker import archive, audit, db, layouts, ledger, params, registry
 from worker.errors import Refused
-from worker.job import Job, Plan, Tally, horizon_of
+from worker.job import Job, Overdue, Plan, Tally, horizon_of
 from worker.means import IN_FORCE, Means, Rules
 from worker.runner import Runner, check
 from worker.states import ACTIVE, RESUMABLE, State
@@ -73,6 +73,11 @@ class Operations:
         if approved is not None and plan.hash != approved:
             raise Refused("--plan: the world has drifted from that plan; make the plan again and approve it")
         return plan
+
+    def overdue(self, job: Job) -> tuple[Overdue, ...]:
+        """What a run of `job` would change now, per table."""
+        with self._checked(job, _now()) as means:
+            return job.overdue(means)
 
     def start(
         self,

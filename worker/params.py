@@ -74,7 +74,8 @@ def _param(field: dataclasses.Field[Any], hint: Any) -> Param:
 
 def duration(text: str) -> timedelta:
     """`90d`, `12h`, `30m` or `2w` as a timedelta. Refused when it is not such a text, or is zero."""
-    match = _DURATION.fullmatch(text)
+    # A file or a ledger row may hold any JSON value here.
+    match = _DURATION.fullmatch(text) if isinstance(text, str) else None
     if not match or not int(match[1]):
         raise Refused(f"{text!r} is not a duration above zero such as 90d, 12h, 30m or 2w")
     return timedelta(seconds=int(match[1]) * _UNITS[match[2]])
@@ -92,7 +93,7 @@ def duration_text(value: timedelta) -> str:
 def _uuid(text: str) -> UUID:
     try:
         return UUID(text)
-    except ValueError:
+    except (ValueError, AttributeError):
         raise Refused(f"{text!r} is not an id (a UUID)") from None
 
 
@@ -117,6 +118,15 @@ def read(kind: type, value: Any) -> Any:
     return _READ[kind](value)
 
 
+def read_field(item: Param, value: Any) -> Any:
+    """A parameter's value from its JSON form. Refused when it does not have that form."""
+    if value is None and item.optional:
+        return None
+    if item.many is not isinstance(value, list):
+        raise Refused("must be a list" if item.many else "must be one value, not a list")
+    return tuple(read(item.type, one) for one in value) if item.many else read(item.type, value)
+
+
 def to_json(job: Job) -> dict[str, Any]:
     """A job's parameters as JSON values, every one named, so that a later default cannot change an old run."""
     found: dict[str, Any] = {}
@@ -134,15 +144,8 @@ def from_json(job: type[Job], values: Mapping[str, Any]) -> Job:
         raise Refused(f"{job.name} has no parameter {', '.join(unknown)}")
     fields: dict[str, Any] = {}
     for name, value in values.items():
-        item = known[name]
         try:
-            fields[name] = _field(item, value)
+            fields[name] = read_field(known[name], value)
         except Refused as error:
-            raise Refused(f"{item.option}: {error}") from None
+            raise Refused(f"{known[name].option}: {error}") from None
     return job(**fields)
-
-
-def _field(item: Param, value: Any) -> Any:
-    if value is None and item.optional:
-        return None
-    return tuple(read(item.type, one) for one in value) if item.many else read(item.type, value)

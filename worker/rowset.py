@@ -95,6 +95,12 @@ class RowSet:
             if rows
         }
 
+    def overdue(self, connection: sa.Connection) -> tuple[int, datetime | None]:
+        """How many rows go, and the age column of the oldest of them."""
+        query = sa.select(sa.func.count(), sa.func.min(self.what.age)).where(self.eligible)
+        rows, oldest = connection.execute(query).one()
+        return rows, oldest
+
     # -- one batch ------------------------------------------------------------------------------------
 
     def claim(

@@ -32,8 +32,9 @@ from tests.cli.helpers import (
     world,
 )
 from tests.conftest import ROOT, Deployment
-from worker import audit, canonical
+from worker import audit, canonical, config, standing, timetable
 from worker.layouts import LAYOUTS
+from worker.operations import Operations
 
 HEAVY = ("boto3", "botocore", "celery", "kombu", "redis", "sqlalchemy", "psycopg", "pydantic", "cryptography")
 _ASK = """
@@ -422,7 +423,7 @@ def test_db_check_finds_nothing_wrong_and_then_what_is(deployment: Deployment) -
     assert "missing\tagents.name" in done.stdout
 
 
-def test_the_printed_grants_are_enough_and_no_more(deployment: Deployment) -> None:
+def test_the_printed_grants_are_enough_and_no_more(deployment: Deployment, tmp_path: Path) -> None:
     role = f"worker of {deployment.environment['DATABASE_URL'].rpartition('/')[2]}"
     url = urlsplit(deployment.environment["DATABASE_URL"])
     deployment.query(f"CREATE ROLE \"{role}\" LOGIN PASSWORD 'pw'")
@@ -443,6 +444,16 @@ def test_the_printed_grants_are_enough_and_no_more(deployment: Deployment) -> No
     deployment.cli("runs", "stop", run, env=least)
     deployment.cli("runs", "resume", run, "--inline", env=least)
     deployment.cli("db", "check", env=least)
+    off = {"PAPERCLIP_WORKER_SCHEDULE_FILE": str(tmp_path / "schedule.toml")}
+    # The guide's layout has no such log.
+    Path(off["PAPERCLIP_WORKER_SCHEDULE_FILE"]).write_text("[entry.prune-run-events]\nenabled = false\n")
+    deployment.cli("schedule", "list", env=least)
+    deployment.cli("metrics", "--measure", env=least | off)
+    times = timetable.load(deployment.operations.settings)
+    humble = Operations(config.load({**deployment.environment, **least}))
+    deployment.opened.append(humble)
+    with humble.transaction() as connection:
+        standing.note(connection, times)
     assert deployment.cli("receipts", "verify", env=least).stdout.endswith("chain intact\n")
     with psycopg.connect(login, autocommit=True) as connection:
         for statement in (

@@ -12,8 +12,10 @@ import pytest
 import zstandard
 from pydantic import AliasChoices
 
+import schedules
 from tests.cli.helpers import complete, find_command, keys
 from tests.conftest import ROOT, Deployment
+from worker import config, timetable
 from worker.config import FROM_FILE, Settings
 from worker.layouts import LAYOUTS, catalogue
 from worker.layouts.catalogue import Retention
@@ -96,9 +98,31 @@ def test_every_log_and_every_table_that_stays_is_on_the_page() -> None:
 def test_every_metric_is_on_the_page(released: Deployment) -> None:
     complete(released)
     text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    for family in LedgerCollector(released.operations).collect():
+    times = timetable.load(released.operations.settings)
+    for family in LedgerCollector(released.operations, times).collect():
         name = family.name + ("_total" if family.type == "counter" else "")
         assert f"`{name}`" in text
+
+
+def test_the_alerts_ask_for_metrics_there_are(released: Deployment) -> None:
+    (rules,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs" / "operations.md").read_text(), re.M | re.S)
+    collector = LedgerCollector(released.operations, timetable.load(released.operations.settings))
+    known = {family.name for family in collector.collect()} | {"paperclip_worker_ledger_up"}
+    named = set(re.findall(r"paperclip_worker_\w+", rules))
+    assert named
+    assert named <= known
+    entries = set(re.findall(r'entry="([^"]+)"', rules))
+    assert entries <= set(schedules.SCHEDULE)
+
+
+def test_the_example_of_a_schedule_file_is_one(released: Deployment, tmp_path: Path) -> None:
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", (ROOT / "docs" / "schedules.md").read_text(), re.M | re.S)
+    file = tmp_path / "schedule.toml"
+    file.write_text(example)
+    times = timetable.load(config.load({"PAPERCLIP_WORKER_SCHEDULE_FILE": str(file)}))
+    assert len(times.entries) == len(schedules.SCHEDULE) + 1
+    for entry in times.entries.values():
+        released.operations.plan(entry.job)
 
 
 def test_the_changelog_is_of_this_version() -> None:
@@ -108,7 +132,7 @@ def test_the_changelog_is_of_this_version() -> None:
 
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).is_file(), (page.name, target)
 
 

@@ -19,6 +19,7 @@ def all_commands() -> list[click.Command]:
         policy.policy,
         holds.holds,
         services.schedule,
+        services.metrics,
         database.db,
         receipts.keygen,
         services.worker,

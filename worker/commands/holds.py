@@ -12,6 +12,7 @@ from worker.errors import Refused
 
 if TYPE_CHECKING:
     from worker.job import Job
+    from worker.operations import Operations
 
 
 @click.group()
@@ -103,7 +104,7 @@ def release(*, hold: str, reason: str, yes: bool, actor: str | None, as_json: bo
     from worker import rules
 
     deployment = common.operations()
-    found, doomed = rules.look_at_release(deployment, hold, _scheduled())
+    found, doomed = rules.look_at_release(deployment, hold, _scheduled(deployment))
     common.require_answer(yes=yes, as_json=as_json, what=f"{found.kind} {found.target} would no longer be held")
     if not as_json:
         common.print_doomed(doomed)
@@ -115,7 +116,7 @@ def release(*, hold: str, reason: str, yes: bool, actor: str | None, as_json: bo
         click.echo(f"released {found.id}")
 
 
-def _scheduled() -> list[Job]:
-    import schedules
+def _scheduled(deployment: Operations) -> list[Job]:
+    from worker import timetable
 
-    return [entry.job for entry in schedules.SCHEDULE.values()]
+    return [entry.job for entry in timetable.load(deployment.settings).enabled.values()]

@@ -1,13 +1,13 @@
-"""worker and beat: the long-running processes; schedule: what beat starts."""
+"""worker and beat: the long-running processes; schedule: what beat starts; metrics: what Prometheus reads."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import click
 
 from worker.commands import common
+from worker.errors import Exit
 
 
 @click.command()
@@ -45,40 +45,61 @@ def schedule() -> None:
 @schedule.command("list")
 @common.json_option
 def list_schedule(as_json: bool) -> None:
-    """Every entry with its crontab (UTC), job, parameters and, where a ledger can be read, its last run."""
-    import schedules
-    from worker import params
+    """Every entry: when it last ran, when it is next due, how many due times it missed, and whether it never ran.
 
-    last = _last_runs() if os.environ.get("DATABASE_URL") or os.environ.get("DATABASE_URL_FILE") else {}
-    rows: list[dict[str, Any]] = [
-        {
-            "entry": name,
-            "crontab": entry.crontab,
-            "job": entry.job.name,
-            "params": params.to_json(entry.job),
-            "last": last.get(f"schedule:{name}"),
-        }
-        for name, entry in schedules.SCHEDULE.items()
-    ]
+    The built-in entries as PAPERCLIP_WORKER_SCHEDULE_FILE changes them; crontabs are read in
+    PAPERCLIP_WORKER_TIMEZONE. Needs no broker; without DATABASE_URL last, missed and never are left open.
+    """
+    from datetime import UTC, datetime
+
+    from worker import ledger, standing, timetable
+
+    settings, now = common.settings(), datetime.now(UTC)
+    times = timetable.load(settings)
+    if settings.database_url is not None:
+        with common.operations().transaction(read_only=True) as connection:
+            ledger.require(connection)
+            found = standing.standings(connection, times, now=now)
+    else:
+        found = standing.planned(times, now=now)
+    rows = [one.to_json() for one in found]
     if as_json:
         common.print_json({"schedule": rows})
-        return
-    texts = [
-        (
-            row["entry"],
-            row["crontab"],
-            row["job"],
-            " ".join(f"{k}={v}" for k, v in row["params"].items()),
-            row["last"],
-        )
-        for row in rows
-    ]
-    common.print_rows(("entry", "crontab", "job", "params", "last"), texts)
+    else:
+        header = ("entry", "crontab", "timezone", "job", "params", "enabled", "last", "next", "missed", "never")
+        common.print_rows(header, [[_cell(row[name]) for name in header] for row in rows])
 
 
-def _last_runs() -> dict[str, str]:
-    from worker import ledger
+def _cell(value: Any) -> Any:
+    """A value of `schedule list` for eyes."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        last = f"{value['at']} {value['state']}" if "state" in value else None
+        return last or " ".join(f"{name}={one}" for name, one in value.items())
+    return value
 
-    with common.operations().transaction(read_only=True) as connection:
-        ledger.require(connection)
-        return ledger.last_by_origin(connection)
+
+@click.command()
+@click.option("--measure", is_flag=True, help="Measure the backlog first: reads the tables of each schedule entry.")
+@common.json_option
+def metrics(measure: bool, as_json: bool) -> int:
+    """Print the metrics of this deployment in Prometheus' text format, as `worker` serves them. Needs no worker.
+
+    Exit status 1 when --measure could not measure the backlog of some entry; the others are printed.
+    """
+    from worker import backlog, timetable
+    from worker import metrics as exposition
+
+    deployment = common.operations()
+    times = timetable.load(deployment.settings)
+    faults = backlog.measure(deployment, times) if measure else {}
+    collector = exposition.LedgerCollector(deployment, times)
+    if as_json:
+        common.print_json({"metrics": exposition.samples(collector)})
+    else:
+        click.echo(exposition.text(collector), nl=False)
+    if faults:
+        why = "; ".join(f"{name}: {error}" for name, error in faults.items())
+        click.echo(f"paperclip-worker: the backlog was not measured: {why}", err=True)
+    return Exit.UNKEPT if faults else Exit.KEPT

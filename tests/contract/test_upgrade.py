@@ -1,0 +1,43 @@
+"""A ledger of the first release, brought to this one with what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+
+from tests.conftest import Deployment
+from worker import ledger
+
+_RUN = "00000000-0000-4000-8000-000000000001"
+_FIRST = f"""
+INSERT INTO paperclip_worker.runs (id, job, params, exclusion, layout, state, now, actor, via)
+VALUES ('{_RUN}', 'j', '{{}}', 'x', 'paperclip', 'kept', now(), 'a', 'v');
+INSERT INTO paperclip_worker.shards (run_id, sweep, number, key, planned_rows, spec)
+VALUES ('{_RUN}', 1, 0, 'k', 0, '{{}}'), ('{_RUN}', 1, 1, 'k', 0, '{{}}');
+INSERT INTO paperclip_worker.bites (run_id, sweep, shard, number, rows, bytes, microseconds)
+VALUES ('{_RUN}', 1, 0, 1, 1, 1, 700), ('{_RUN}', 1, 0, 2, 1, 1, 50);
+"""
+
+
+def test_seconds_of_bites_are_kept_and_due_times_count_from_the_upgrade(
+    fresh_database: Callable[..., str], make_deployment: Callable[..., Deployment]
+) -> None:
+    deployment = make_deployment(fresh_database(), "paperclip")
+    engine = deployment.operations.engine
+    with engine.begin() as connection:
+        connection.execute(sa.schema.CreateSchema(ledger.SCHEMA))
+        config = Config()
+        config.set_main_option("script_location", "worker:migrations")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    deployment.query(_FIRST)
+    before = datetime.now(UTC)
+    ledger.init(engine)
+    query = "SELECT number, microseconds FROM paperclip_worker.shards ORDER BY number"
+    assert deployment.query(query) == [(0, 750), (1, 0)]
+    ((born,),) = deployment.query("SELECT born FROM paperclip_worker.chain")
+    assert before <= born <= datetime.now(UTC)
