@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -20,9 +21,11 @@ from pydantic import (
     model_validator,
 )
 
-from worker.errors import SettingsError
+from worker import params
+from worker.errors import Refused, SettingsError
 
 OUR_PREFIX = "PAPERCLIP_WORKER_"
+_LONGEST_LOCK = timedelta(days=36_500)  # S3's own bound
 # Read by worker/embedded.py, which runs where no Settings exist yet.
 _NOT_SETTINGS = frozenset({"PAPERCLIP_WORKER_EMBEDDED_PG_BIN"})
 
@@ -59,6 +62,10 @@ class Settings(BaseModel):
     app_s3_prefix: str = Field("", validation_alias=_env("PAPERCLIP_STORAGE_S3_PREFIX"))
 
     signing_key_file: Path | None = Field(None, validation_alias=_env("PAPERCLIP_WORKER_SIGNING_KEY_FILE"))
+    receipt_lock_mode: Literal["governance", "compliance"] = Field(
+        "governance", validation_alias=_env("PAPERCLIP_WORKER_RECEIPT_LOCK_MODE")
+    )
+    receipt_lock: timedelta = Field(timedelta(days=2555), validation_alias=_env("PAPERCLIP_WORKER_RECEIPT_LOCK"))
     catalogue_file: Path | None = Field(None, validation_alias=_env("PAPERCLIP_WORKER_CATALOGUE_FILE"))
 
     bite_seconds: Annotated[float, Field(ge=0.005, le=5)] = Field(
@@ -126,6 +133,17 @@ class Settings(BaseModel):
             if parts.scheme not in {"http", "https"} or not parts.hostname:
                 raise ValueError("must be an http:// or https:// URL")
         return value
+
+    @field_validator("receipt_lock", mode="before")
+    @classmethod
+    def _a_duration(cls, value: str) -> timedelta:
+        try:
+            found = params.duration(value)
+        except Refused:
+            raise ValueError("must be a duration such as 365d") from None
+        if found > _LONGEST_LOCK:
+            raise ValueError("must not be longer than 100 years (36500d)")
+        return found
 
     @field_validator("s3_prefix")
     @classmethod

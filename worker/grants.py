@@ -23,7 +23,7 @@ def statements(layout: Layout, role: str) -> Iterator[str]:
     yield f"GRANT USAGE ON SCHEMA public, {SCHEMA} TO {to}"
     yield f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA {SCHEMA} TO {to}"
     # The evidence is append-only even for the worker itself.
-    yield f"REVOKE UPDATE ON {SCHEMA}.receipts, {SCHEMA}.bites, {SCHEMA}.objects FROM {to}"
+    yield f"REVOKE UPDATE ON {SCHEMA}.receipts, {SCHEMA}.bites, {SCHEMA}.objects, {SCHEMA}.anchors FROM {to}"
     read, deleted = {}, {}
     for log in layout.logs.values():
         deleted[log.name] = log.table

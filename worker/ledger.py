@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from worker.job import Plan
 
 SCHEMA = "paperclip_worker"
-VERSION = "0001"
+VERSION = "0003"
 
 _meta = sa.MetaData(schema=SCHEMA)
 

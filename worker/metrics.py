@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from worker import anchors
 from worker.ledger import RUNS, SHARDS
 from worker.states import State
 
@@ -44,6 +45,7 @@ class LedgerCollector(Collector):
                 .join(each, sa.true())
                 .group_by(RUNS.c.job, each.c.key)
             ).all()
+            pending = anchors.pending(connection)
         runs = GaugeMetricFamily("paperclip_worker_runs", "Runs in the ledger", labels=["job", "state"])
         seen = {(job, State(state)): number for job, state, number in states}
         for job in sorted({job for job, _ in seen}):
@@ -61,6 +63,7 @@ class LedgerCollector(Collector):
         for job, kind, seconds in waits:
             rests.add_metric([job, kind], float(seconds))
         yield rests
+        yield GaugeMetricFamily("paperclip_worker_receipts_not_anchored", "Receipts not in the bucket", value=pending)
 
 
 def serve(operations: Operations, port: int) -> None:

@@ -78,6 +78,7 @@ _WORDS: list[tuple[tuple[str, ...], str]] = [
     (("runs", "list", "--state", "nosuch"), "nosuch"),
     (("runs", "list", "--limit", "0"), "limit"),
     (("receipts", "show", "999"), "no receipt 999"),
+    (("receipts", "verify", "--from-s3", "--anchors"), "--from-s3 and --anchors cannot be combined"),
     (("receipts", "show", "0"), "0"),
     (("receipts", "show", "99999999999999999999"), "99999999999999999999"),
     (("receipts", "verify", "--public-key", "/nosuch"), "nosuch"),

@@ -92,10 +92,10 @@ def _check_archive(deployment: Deployment, run: UUID, gone: set[tuple[str, str]]
     store = _store(deployment)
     manifest = f"archive/activity_log/run={run}/manifest.json"
     if not gone:
-        assert store.keys("") == []
+        assert store.keys("archive/") == []
         return
     objects = json.loads(b"".join(store.read(manifest)))["objects"]
-    assert sorted(store.keys("")) == sorted([manifest, *(one["key"] for one in objects)])
+    assert sorted(store.keys("archive/")) == sorted([manifest, *(one["key"] for one in objects)])
     assert sum(one["rows"] for one in objects) == len(gone)
     assert sorted(archived(store, [one["key"] for one in objects])) == sorted(gone)
 

@@ -60,4 +60,4 @@ def test_what_a_dead_worker_wrote_goes_even_when_nothing_is_left_to_archive(rele
     released.query("DELETE FROM activity_log")
     complete(released.operations, run)
     assert released.operations.result(run)["kept"]
-    assert store.keys("") == []
+    assert store.keys("archive/") == []
