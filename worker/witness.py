@@ -227,14 +227,21 @@ class Comparison:
                 own = next(self._books, None)
             if own is None:
                 self.beyond[receipt.seq] = receipt.hash
-            elif own[0].seq > receipt.seq or anchors.signed(own[0]) != anchors.signed(receipt):
-                self._flaw(receipt.seq, f"the database has another receipt {receipt.seq} than the bucket")
-            elif own[1] not in {None, anchors.key_of(receipt)}:
-                self._flaw(receipt.seq, f"the database says that it is in the bucket as {own[1]}")
+            elif own[0].seq > receipt.seq:
+                self._flaw(receipt.seq, f"the database lacks receipt {receipt.seq}, which the bucket has")
+            else:
+                self._hold_beside(receipt, *own)
+                own = next(self._books, None)
             yield receipt
         while own is not None:
             self._only_here(*own)
             own = next(self._books, None)
+
+    def _hold_beside(self, receipt: Receipt, own: Receipt, key: str | None) -> None:
+        if anchors.signed(own) != anchors.signed(receipt):
+            self._flaw(receipt.seq, f"the database has another receipt {receipt.seq} than the bucket")
+        elif key not in {None, anchors.key_of(receipt)}:
+            self._flaw(receipt.seq, f"the database says that it is in the bucket as {key}")
 
     def _only_here(self, receipt: Receipt, key: str | None) -> None:
         if key is not None:
@@ -247,7 +254,7 @@ class Comparison:
         """Judge receipts settled since the reading began, given the hashes the database has of them now."""
         for seq, digest in self.beyond.items():
             if now.get(seq) != digest:
-                self._flaw(seq, f"the bucket has a receipt {seq} that the database has not")
+                self._flaw(seq, f"the database lacks receipt {seq}, which the bucket has")
 
 
 def verify(store: S3Store, trusted: Sequence[Ed25519PublicKey], *, beside: Comparison | None = None) -> Testimony:

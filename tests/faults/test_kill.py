@@ -11,7 +11,7 @@ from tests.faults.doomed import work_and_die
 from tests.faults.evidence import begin, check_exact, check_kept, complete, rows
 
 pytestmark = pytest.mark.faults
-STEPS = [*doomed.BITE, *doomed.AROUND, *doomed.COMMITS]
+STEPS = [*doomed.BITE, *doomed.AROUND, *doomed.COMMITS, *doomed.ANCHORING]
 WITHOUT_ARCHIVE = ["after apply", "before commit of a bite", "after commit of a bite"]
 
 
