@@ -211,11 +211,8 @@ class S3Store:
                 raise StorageFault(f"bucket {self._bucket}: the store does not list by name")
             before = key
             versions = [version for _, version in entries]
-            yield History(
-                key=key.removeprefix(self._prefix),
-                versions=tuple(version for version in reversed(versions) if version is not None),
-                deleted=None in versions,
-            )
+            kept = tuple(version for version in reversed(versions) if version is not None)
+            yield History(key=key.removeprefix(self._prefix), versions=kept, deleted=None in versions)
 
     def _entries(self, prefix: str) -> Iterator[tuple[str, Version | None]]:
         """Names with each version, the newest first; None stands for a delete marker."""
