@@ -162,7 +162,6 @@ class S3Store:
     def put_once(self, key: str, body: bytes, *, lock: Lock | None) -> None:
         """Write a small object unless one of that name is there; which of the two it was is for `get` to show."""
         retention = {"ObjectLockMode": lock.mode.upper(), "ObjectLockRetainUntilDate": lock.until} if lock else {}
-        digest = hashlib.sha256(body)
         with _translated(self._bucket):
             try:
                 self._client.put_object(
@@ -170,8 +169,7 @@ class S3Store:
                     Key=self._prefix + key,
                     Body=body,
                     IfNoneMatch="*",
-                    ChecksumSHA256=base64.b64encode(digest.digest()).decode(),
-                    Metadata={"sha256": digest.hexdigest()},
+                    ChecksumSHA256=base64.b64encode(hashlib.sha256(body).digest()).decode(),
                     **retention,  # type: ignore[arg-type]
                 )
             except ClientError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from worker import anchors, app, audit, config, embedded, storage, witness
 from worker.anchors import Signed
 from worker.app import Site
 from worker.errors import AnchorTampered, Refused, StorageFault
+from worker.metrics import LedgerCollector
 from worker.operations import Operations
 
 if TYPE_CHECKING:
@@ -77,6 +79,12 @@ def test_without_a_bucket_nothing_is_anchored_and_that_is_said(released: Deploym
     assert result["kept"]
     assert result["anchor"] is None
     assert bare.json("receipts", "verify")["not_anchored"] == 1
+    assert [
+        sample.value
+        for family in LedgerCollector(bare.operations).collect()
+        for sample in family.samples
+        if sample.name == "paperclip_worker_receipts_not_anchored"
+    ] == [1]
     assert "\t-\n" in bare.cli("receipts", "list").stdout
     assert _in_bucket(released) == []
     assert released.json("receipts", "anchor") == {
@@ -131,18 +139,18 @@ def test_object_lock_keeps_a_receipt_from_deletion(locked: Deployment, client: S
         assert client.get_object(**where, **version)["Body"].read()
 
 
-def _answer(monkeypatch: pytest.MonkeyPatch, operations: Operations, status: int, body: str) -> None:
-    """Have the store answer so when asked for Object Lock; nothing else of it changes."""
+def _answer(operations: Operations, operation: str, status: int, *bodies: str) -> None:
+    """Have the store answer so when asked for this, one body after the other; nothing else of it changes."""
     store = operations.store
     assert store is not None
+    answers = itertools.cycle(bodies)
 
     class Raw:
         def stream(self) -> Iterator[bytes]:
-            yield body.encode()
+            yield next(answers).encode()
 
-    events = store._client.meta.events
-    events.register(
-        "before-send.s3.GetObjectLockConfiguration",
+    store._client.meta.events.register(
+        f"before-send.s3.{operation}",
         lambda request, **_: AWSResponse(request.url, status, {}, Raw()),  # type: ignore[arg-type]
     )
 
@@ -159,18 +167,14 @@ _LOCKLESS = [
 
 
 @pytest.mark.parametrize(("status", "body"), _LOCKLESS, ids=[f"{a} {b[13:30]}" for a, b in _LOCKLESS])
-def test_stores_without_object_lock_have_many_ways_to_say_so(
-    released: Deployment, monkeypatch: pytest.MonkeyPatch, status: int, body: str
-) -> None:
-    _answer(monkeypatch, released.operations, status, body)
+def test_stores_without_object_lock_have_many_ways_to_say_so(released: Deployment, status: int, body: str) -> None:
+    _answer(released.operations, "GetObjectLockConfiguration", status, body)
     complete(released, archive=False)
     check_anchored(released)
 
 
-def test_whoever_may_not_ask_for_object_lock_anchors_nothing_unlocked(
-    released: Deployment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _answer(monkeypatch, released.operations, 403, _ERROR.format("AccessDenied"))
+def test_whoever_may_not_ask_for_object_lock_anchors_nothing_unlocked(released: Deployment) -> None:
+    _answer(released.operations, "GetObjectLockConfiguration", 403, _ERROR.format("AccessDenied"))
     complete(released, archive=False)
     assert (_pending(released), _in_bucket(released)) == (1, [])
     with pytest.raises(Refused, match="s3:GetBucketObjectLockConfiguration"):
@@ -304,6 +308,45 @@ def test_a_head_by_an_earlier_key_is_as_good(released: Deployment, tmp_path: Pat
     check_anchored(released)
 
 
+def test_a_settlement_waits_for_few_receipts_only(released: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.runner.MOST_ANCHORED", 2)
+    for _ in range(4):
+        complete(on(released, s3_bucket=""), archive=False)
+    complete(released, archive=False)
+    assert _pending(released) == 3
+    assert sorted(anchor.seq for anchor in released.operations.anchor()) == [3, 4, 5]
+    check_anchored(released)
+
+
+def _verify(deployment: Deployment, beside: witness.Comparison | None = None) -> witness.Testimony:
+    store = deployment.operations.store
+    key = deployment.operations.settings.signing_key_file
+    assert store is not None
+    assert key is not None
+    return witness.verify(store, [audit.Signer.load(key).public], beside=beside)
+
+
+def test_an_object_that_goes_while_the_bucket_is_read_is_told(released: Deployment) -> None:
+    complete(released, archive=False)
+    _answer(released.operations, "GetObject", 404, _ERROR.format("NoSuchKey"))
+    assert "cannot be read back" in _verify(released).flaws[0].what
+
+
+def test_a_store_that_lists_in_no_order_is_not_believed(released: Deployment) -> None:
+    prefix = released.environment["PAPERCLIP_WORKER_S3_PREFIX"] + "receipts/"
+    version = "<VersionId>null</VersionId><Size>1</Size><LastModified>2026-01-01T00:00:00Z</LastModified>"
+    pages = [
+        f"<ListVersionsResult><IsTruncated>{more}</IsTruncated><NextKeyMarker>{name}</NextKeyMarker>"
+        f"<Version><Key>{prefix}{name}</Key>{version}</Version></ListVersionsResult>"
+        for name, more in (("b", "true"), ("a", "false"))
+    ]
+    store = released.operations.store
+    assert store is not None
+    _answer(released.operations, "ListObjectVersions", 200, *pages)
+    with pytest.raises(StorageFault, match="does not list by name"):
+        list(store.history("receipts/"))
+
+
 # -- database against bucket --------------------------------------------------------------------------
 
 
@@ -381,13 +424,9 @@ def test_a_receipt_settled_while_the_bucket_is_read_is_no_flaw(
         return history(self, prefix)
 
     monkeypatch.setattr(storage.S3Store, "history", settle_first)
-    store = four.operations.store
-    key = four.operations.settings.signing_key_file
-    assert store is not None
-    assert key is not None
     with four.operations.transaction(read_only=True) as connection:
         comparison = witness.Comparison(anchors.books(connection))
-        found = witness.verify(store, [audit.Signer.load(key).public], beside=comparison)
+        found = _verify(four, comparison)
     assert (found.flaws, list(comparison.beyond)) == ([], [5])
     with four.operations.transaction(read_only=True) as connection:
         comparison.catch_up(anchors.hashes(connection, comparison.beyond))
