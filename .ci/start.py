@@ -3,7 +3,7 @@
     python3 .ci/start.py demo [ARGUMENT ...]     the whole worker against real servers, on this machine
     python3 .ci/start.py test [ARGUMENT ...]     the tests; arguments go to pytest
     python3 .ci/start.py exec COMMAND [...]      any tool of the environment (ruff, mypy, python, ...)
-    python3 .ci/start.py lock [--upgrade ...]    write .ci/requirements.lock anew from pyproject.toml (needs uv)
+    python3 .ci/start.py lock [--upgrade ...]    write the locks anew from pyproject.toml (needs uv)
 
 Needs Python 3.11 or later and a package index as pip or uv are set up to use it; nothing else, and no root. What is
 installed is exactly .ci/requirements.lock, by hash. Exits 2 when the machine lacks something, and says what.
@@ -28,6 +28,9 @@ from typing import Iterator, NoReturn  # noqa: UP035
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / ".ci" / "requirements.lock"
+# The image's: what runs in it, and what its build makes the project's wheel with.
+RUNTIME_LOCK = ROOT / "docker" / "requirements.lock"
+BUILD_LOCK = ROOT / "docker" / "build.lock"
 OLDEST = (3, 11)
 # The installers' own settings stay in force, except those that cannot go with a virtual environment.
 PIP = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0"}
@@ -239,18 +242,32 @@ def run(command: list[str], held: int, env: dict[str, str] | None = None, quiet:
 
 
 def lock(words: list[str]) -> int:
-    """Write the lock anew; without --upgrade it keeps the versions it has wherever they still fit."""
+    """Write the locks anew; without --upgrade they keep the versions they have wherever they still fit."""
+    import tomllib  # noqa: PLC0415  (not in the Pythons that only get as far as saying so)
+
+    project = "pyproject.toml"
+    build = "\n".join(tomllib.loads((ROOT / project).read_text())["build-system"]["requires"])
+    # The image gets the very versions that the tests ran with.
+    same = ["-c", str(LOCK.relative_to(ROOT)), "--no-annotate"]
+    status = write_lock(LOCK, [project, "--extra", "embedded", "--extra", "dev", *words])
+    return status or write_lock(RUNTIME_LOCK, [project, *same]) or write_lock(BUILD_LOCK, ["-", *same], build)
+
+
+def write_lock(lock: Path, what: list[str], given: str = "") -> int:
+    """Write one lock with uv; its exit status."""
     uv = shutil.which("uv")
     if not uv:
         give_up("uv is not on PATH; install it to write the lock")
-    how = "--universal --generate-hashes --no-header --python-version 3.11 --extra embedded --extra dev -q"
-    target = str(LOCK.relative_to(ROOT))
-    command = [uv, "pip", "compile", *how.split(), "pyproject.toml", "-o", target, *words]
+    how = "--universal --generate-hashes --no-header --python-version 3.11 -q"
+    target = str(lock.relative_to(ROOT))
+    command = [uv, "pip", "compile", *how.split(), *what, "-o", target]
     # An extra index of this machine may hold one file of a release; the lock must know the hashes of all.
     local = ("UV_INDEX", "UV_FIND_LINKS", "UV_INDEX_STRATEGY")
     env = {**os.environ, **{key: value for key, value in uv_settings().items() if key not in local}}
-    status = subprocess.run(command, check=False, cwd=ROOT, env=env, stdout=subprocess.DEVNULL).returncode
-    if status == 0 and ("://" in LOCK.read_text() or str(ROOT) in LOCK.read_text()):
+    status = subprocess.run(
+        command, input=given, check=False, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, text=True
+    ).returncode
+    if status == 0 and ("://" in lock.read_text() or str(ROOT) in lock.read_text()):
         give_up(f"{target} names an address or a path of this machine; it must not be committed", 1)
     return status
 

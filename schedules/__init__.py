@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 
 from tasks.prune_logs import PruneLogs
 from worker.job import Job
@@ -19,6 +18,6 @@ class Entry:
 
 
 SCHEDULE: Mapping[str, Entry] = {
-    "prune-activity-log": Entry("15 3 * * *", PruneLogs(older_than=timedelta(days=90))),
-    "prune-run-events": Entry("45 3 * * *", PruneLogs(older_than=timedelta(days=90), table="heartbeat_run_events")),
+    "prune-activity-log": Entry("15 3 * * *", PruneLogs()),
+    "prune-run-events": Entry("45 3 * * *", PruneLogs(table="heartbeat_run_events")),
 }

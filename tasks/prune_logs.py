@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from worker.errors import Refused
-from worker.job import Batch, Finding, Job, Plan, Shard, Tally, Verdict
+from worker.job import Batch, Finding, Job, Plan, Right, Shard, Tally, Verdict, may_read
 from worker.params import param, to_json
 
 if TYPE_CHECKING:
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from worker.archive import ArchivedObject
     from worker.layouts.model import Keep, Layout, LogTable
     from worker.means import Means
+    from worker.retention import Cutoffs
     from worker.rowset import RowSet
 
 
 _LONGEST = timedelta(days=36_500)
+# The guide's retention rule, where neither an operator nor a policy says otherwise.
+_KEEP = timedelta(days=90)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +38,11 @@ class PruneLogs(Job):
     name = "prune-logs"
     action = "maintenance.logs_pruned"
 
-    older_than: timedelta = param(
-        timedelta(days=90), metavar="AGE", help="Retention period: rows older than this go (90d, 12h, 2w)."
+    older_than: timedelta | None = param(
+        None,
+        metavar="AGE",
+        help="Rows older than this go (90d, 12h, 2w); a policy that keeps longer wins.  "
+        "[default: as the policy says, 90d without one]",
     )
     company: tuple[UUID, ...] = param((), metavar="ID", help="Only this company; repeatable. Default: all.")
     table: str = param("activity_log", metavar="NAME", help="The log to prune.")
@@ -51,7 +57,7 @@ class PruneLogs(Job):
     )
 
     def __post_init__(self) -> None:
-        if not timedelta(0) < self.older_than <= _LONGEST:
+        if self.older_than is not None and not timedelta(0) < self.older_than <= _LONGEST:
             raise Refused("--older-than must be above zero and at most 36500d")
 
     @property
@@ -69,8 +75,19 @@ class PruneLogs(Job):
     def needs(self, layout: Layout) -> Iterable[sa.Table]:
         return layout.log(self.table).reads()
 
+    @classmethod
+    def rights(cls, layout: Layout) -> Iterable[Right]:
+        for log in layout.logs.values():
+            # The archive takes whole rows, columns of later releases included.
+            yield Right(verb="SELECT", table=log.table)
+            yield Right(verb="DELETE", table=log.table)
+            # SKIP LOCKED needs a right to lock; one harmless column is the narrowest there is.
+            yield Right(verb="UPDATE", table=log.table, columns=(log.key.name,))
+            yield from may_read(table for keep in log.keeps for table in keep.reads)
+
     def check(self, means: Means) -> None:
         log = means.layout.log(self.table)
+        self._cutoffs(means)
         if log.company is not None:
             means.require_companies(self.company)
         elif self.company:
@@ -81,7 +98,7 @@ class PruneLogs(Job):
     def plan(self, means: Means) -> Plan:
         targets, left = self._expired(means).count(means.connection)
         log = means.layout.log(self.table)
-        notes = [f"{keep.reason}: {keep.why}" for keep in self._keeps(log)]
+        notes = [f"{keep.reason}: {keep.why}" for keep in self._expired(means).keeps]
         if not log.record:
             notes.append(f"{self.table} holds credentials: its rows are deleted and never archived")
         elif not self.archive:
@@ -97,7 +114,7 @@ class PruneLogs(Job):
         )
 
     def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:
-        return self._expired(means).shards(means.connection, plan.targets, archive=self._archived(means.layout))
+        return means.shards(self._expired(means), plan, archive=self._archived(means.layout))
 
     def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:
         return self._expired(means).claim(means.connection, shard, after, limit, contended=means.contended)
@@ -127,8 +144,9 @@ class PruneLogs(Job):
         return Verdict(findings=tuple(findings), left=left)
 
     def index(self, means: Means) -> Mapping[str, Any]:
+        retention = self._cutoffs(means).to_json()
         if not self._archived(means.layout):
-            return {}
+            return {"retention": retention}
         facts: dict[str, object] = {
             "job": self.name,
             "params": to_json(self),
@@ -136,13 +154,17 @@ class PruneLogs(Job):
             "run": str(means.run),
             "table": self.table,
             "horizon": means.now.isoformat(),
-            "cutoff": self._cutoff(means).isoformat(),
+            **retention,
         }
-        return {"archive": means.index_archive(self.table, facts)}
+        return {"retention": retention, "archive": means.index_archive(self.table, facts)}
+
+    @classmethod
+    def retaining(cls, layout: Layout, table: str) -> PruneLogs | None:
+        return cls(table=table) if table in layout.logs else None
 
     def _expired(self, means: Means) -> RowSet:
         log = means.layout.log(self.table)
-        return means.rows(log, cutoff=self._cutoff(means), companies=self.company, keeps=self._keeps(log))
+        return means.rows(log, cutoffs=self._cutoffs(means), companies=self.company, keeps=self._keeps(log))
 
     def _keeps(self, log: LogTable) -> tuple[Keep, ...]:
         return (*log.keeps, *log.security_keep()) if self.keep_security else log.keeps
@@ -150,5 +172,5 @@ class PruneLogs(Job):
     def _archived(self, layout: Layout) -> bool:
         return self.archive and layout.log(self.table).record
 
-    def _cutoff(self, means: Means) -> datetime:
-        return means.now - self.older_than
+    def _cutoffs(self, means: Means) -> Cutoffs:
+        return means.cutoffs(self.table, asked=self.older_than, default=_KEEP)

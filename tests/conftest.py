@@ -168,23 +168,18 @@ class Deployment:
 
     def digest(self, *, without: tuple[str, ...] = ()) -> dict[str, tuple[int, str]]:
         """Rows and content hash of every host table: what must not change."""
-        tables = [
-            f'"{schema}"."{name}"'
-            for schema, name in self.query(
+        with psycopg.connect(self.environment["DATABASE_URL"]) as connection:
+            tables = connection.execute(
                 "SELECT schemaname, tablename FROM pg_tables WHERE schemaname NOT IN "
-                "('pg_catalog', 'information_schema', 'paperclip_worker', 'drizzle') ORDER BY 1, 2"
+                "('pg_catalog', 'information_schema', 'paperclip_worker', 'drizzle') AND NOT tablename = ANY(%s) "
+                "ORDER BY 1, 2",
+                (list(without),),
+            ).fetchall()
+            one = sql.SQL("SELECT {}, count(*), md5(string_agg(md5(t::text), '' ORDER BY md5(t::text))) FROM {} t")
+            every = sql.SQL(" UNION ALL ").join(
+                one.format(sql.Literal(".".join(place)), sql.Identifier(*place)) for place in tables
             )
-        ]
-        found: dict[str, tuple[int, str]] = {}
-        for table in tables:
-            if table.split(".")[1].strip('"') in without:
-                continue
-            (row,) = self.query(
-                "SELECT count(*), coalesce(md5(string_agg(md5(t::text), '' ORDER BY md5(t::text))), '') "
-                f"FROM {table} t"
-            )
-            found[table] = (row[0], row[1])
-        return found
+            return {name: (rows, content) for name, rows, content in connection.execute(every)}
 
 
 @pytest.fixture

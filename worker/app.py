@@ -15,6 +15,7 @@ from kombu.exceptions import OperationalError
 import schedules
 from worker import logs
 from worker.errors import DatabaseGone, Refused, UnderWay, WorkerError
+from worker.liveness import BEAT_PREFIX
 from worker.logs import log
 from worker.operations import Operations
 from worker.runner import Outcome, Runner
@@ -167,7 +168,7 @@ def _configuration(settings: Settings) -> dict[str, Any]:
         "beat_scheduler": "redbeat.RedBeatScheduler",
         "beat_max_loop_interval": 30,
         "redbeat_redis_url": settings.broker(),
-        "redbeat_key_prefix": "paperclip-worker:beat:",
+        "redbeat_key_prefix": BEAT_PREFIX,
         "redbeat_lock_timeout": 150,
         "beat_schedule": beat_schedule(),
     }

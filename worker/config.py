@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     AliasChoices,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -21,13 +22,15 @@ from pydantic import (
     model_validator,
 )
 
-from worker import params
 from worker.errors import Refused, SettingsError
+from worker.params import duration
 
 OUR_PREFIX = "PAPERCLIP_WORKER_"
 _LONGEST_LOCK = timedelta(days=36_500)  # S3's own bound
 # Read by worker/embedded.py, which runs where no Settings exist yet.
 _NOT_SETTINGS = frozenset({"PAPERCLIP_WORKER_EMBEDDED_PG_BIN"})
+# A variable that names a file, and the secret setting that the file's one line is.
+FROM_FILE = {f"{name}_FILE": name for name in ("DATABASE_URL", "PAPERCLIP_WORKER_BROKER_URL")}
 
 
 class Need(StrEnum):
@@ -41,6 +44,18 @@ class Need(StrEnum):
 
 def _env(*names: str) -> Any:
     return AliasChoices(*names)
+
+
+def _duration(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return duration(value)
+    except Refused as error:
+        raise ValueError(str(error)) from None
+
+
+Duration = Annotated[timedelta, BeforeValidator(_duration)]
 
 
 class Settings(BaseModel):
@@ -65,7 +80,9 @@ class Settings(BaseModel):
     receipt_lock_mode: Literal["governance", "compliance"] = Field(
         "governance", validation_alias=_env("PAPERCLIP_WORKER_RECEIPT_LOCK_MODE")
     )
-    receipt_lock: timedelta = Field(timedelta(days=2555), validation_alias=_env("PAPERCLIP_WORKER_RECEIPT_LOCK"))
+    receipt_lock: Annotated[Duration, Field(le=_LONGEST_LOCK)] = Field(
+        timedelta(days=2555), validation_alias=_env("PAPERCLIP_WORKER_RECEIPT_LOCK")
+    )
     catalogue_file: Path | None = Field(None, validation_alias=_env("PAPERCLIP_WORKER_CATALOGUE_FILE"))
 
     bite_seconds: Annotated[float, Field(ge=0.005, le=5)] = Field(
@@ -95,6 +112,10 @@ class Settings(BaseModel):
     )
     rescue_after: Annotated[float, Field(ge=1, le=86_400)] = Field(
         180, validation_alias=_env("PAPERCLIP_WORKER_RESCUE_AFTER")
+    )
+    retention_floor: Duration | None = Field(None, validation_alias=_env("PAPERCLIP_WORKER_RETENTION_FLOOR"))
+    retention_ceiling: Duration = Field(
+        timedelta(days=36_500), validation_alias=_env("PAPERCLIP_WORKER_RETENTION_CEILING")
     )
     metrics_port: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
         None, validation_alias=_env("PAPERCLIP_WORKER_METRICS_PORT")
@@ -134,17 +155,6 @@ class Settings(BaseModel):
                 raise ValueError("must be an http:// or https:// URL")
         return value
 
-    @field_validator("receipt_lock", mode="before")
-    @classmethod
-    def _a_duration(cls, value: str) -> timedelta:
-        try:
-            found = params.duration(value)
-        except Refused:
-            raise ValueError("must be a duration such as 365d") from None
-        if found > _LONGEST_LOCK:
-            raise ValueError("must not be longer than 100 years (36500d)")
-        return found
-
     @field_validator("s3_prefix")
     @classmethod
     def _a_folder(cls, value: str) -> str:
@@ -159,6 +169,12 @@ class Settings(BaseModel):
         if value is not None and not value.is_file():
             raise ValueError("names no file that can be read")
         return value
+
+    @model_validator(mode="after")
+    def _floor_below_ceiling(self) -> Settings:
+        if self.retention_floor is not None and self.retention_floor > self.retention_ceiling:
+            raise ValueError("PAPERCLIP_WORKER_RETENTION_FLOOR is over PAPERCLIP_WORKER_RETENTION_CEILING")
+        return self
 
     @model_validator(mode="after")
     def _apart_from_the_app(self) -> Settings:
@@ -184,11 +200,12 @@ def _given(value: SecretStr | None, need: Need) -> str:
     return value.get_secret_value()
 
 
-_HAS = {
-    Need.DATABASE: lambda s: s.database_url,
-    Need.BROKER: lambda s: s.broker_url,
-    Need.STORAGE: lambda s: s.s3_bucket,
-    Need.SIGNING: lambda s: s.signing_key_file,
+# The variables by any of which a need is met.
+_GIVEN_BY = {
+    Need.DATABASE: ("DATABASE_URL", "DATABASE_URL_FILE"),
+    Need.BROKER: ("PAPERCLIP_WORKER_BROKER_URL", "PAPERCLIP_WORKER_BROKER_URL_FILE"),
+    Need.STORAGE: ("PAPERCLIP_WORKER_S3_BUCKET", "PAPERCLIP_STORAGE_S3_BUCKET"),
+    Need.SIGNING: ("PAPERCLIP_WORKER_SIGNING_KEY_FILE",),
 }
 
 
@@ -205,30 +222,47 @@ def load(environ: Mapping[str, str] | None = None, *, needs: Iterable[Need] = ()
         if name.startswith(OUR_PREFIX) and name not in known | _NOT_SETTINGS
     ]
     given: dict[str, Any] = {name: environ[name] for name in known if environ.get(name)}
+    faults += _read_files(given)
     settings = None
     try:
         settings = Settings.model_validate(given)
     except ValidationError as error:
         faults += [_fault(dict(item)) for item in error.errors(include_url=False, include_context=False)]
-    for need in needs:
-        if not (_HAS[need](settings) if settings else any(environ.get(n) for n in _spellings(need))):
-            faults.append(f"{need.value} is not set")
+    faults += [f"{need.value} is not set" for need in needs if not any(environ.get(n) for n in _GIVEN_BY[need])]
     if faults or settings is None:
         raise SettingsError("settings: " + "; ".join(faults))
     return settings
 
 
+def _read_files(given: dict[str, Any]) -> list[str]:
+    """Put the line of each file that `given` names in its setting's place; what is wrong with the files."""
+    faults = []
+    for variable, name in FROM_FILE.items():
+        path = given.pop(variable, None)
+        if path is None:
+            continue
+        if name in given:
+            faults.append(f"{name} and {variable} are both set; keep one")
+            continue
+        try:
+            line = Path(path).read_text(encoding="utf-8").removesuffix("\n")
+        except (OSError, ValueError):
+            faults.append(f"{variable} names no file of text that can be read")
+            continue
+        if line and line.isprintable():
+            given[name] = line
+        else:
+            faults.append(f"{variable} must name a file that holds one line")
+    return faults
+
+
 def _names() -> frozenset[str]:
-    return frozenset(
+    return frozenset(FROM_FILE) | frozenset(
         str(choice)
         for field in Settings.model_fields.values()
         if isinstance(field.validation_alias, AliasChoices)
         for choice in field.validation_alias.choices
     )
-
-
-def _spellings(need: Need) -> tuple[str, ...]:
-    return (need.value, "PAPERCLIP_STORAGE_S3_BUCKET") if need is Need.STORAGE else (need.value,)
 
 
 def _fault(item: Mapping[str, Any]) -> str:

@@ -61,13 +61,18 @@ def engine(settings: Settings) -> sa.Engine:
 
 
 @contextmanager
-def transaction(on: sa.Engine, *, lock: float, statement: float, read_only: bool = False) -> Iterator[sa.Connection]:
+def transaction(
+    on: sa.Engine, *, lock: float, statement: float, read_only: bool = False, first: str | None = None
+) -> Iterator[sa.Connection]:
     """One transaction with its own timeouts in seconds; commits on success, rolls back on any error.
 
+    `first` is a utility statement that must come before the snapshot is taken.
     Raises Contended, DatabaseGone, LedgerMissing, Refused or SchemaError in place of the driver's errors;
     their messages hold no row content.
     """
     with translated(), on.connect() as connection, connection.begin():
+        if first:
+            connection.exec_driver_sql(first)
         connection.execute(_BOUNDS, _bounds(lock=lock, statement=statement, read_only=read_only))
         yield connection
 
@@ -81,6 +86,7 @@ _BOUNDS = sa.select(
             "statement_timeout",
             "idle_in_transaction_session_timeout",
             "timezone",
+            "datestyle",
             "jit",
             "transaction_read_only",
         )
@@ -94,7 +100,9 @@ def _bounds(*, lock: float, statement: float, read_only: bool) -> dict[str, str]
         "statement_timeout": f"{max(1, round(statement * 1000))}ms",
         # An upload may stand between two statements; a worker that died is still cut off.
         "idle_in_transaction_session_timeout": "300s",
+        # Times become text in archive objects and marks, whatever the role's own settings are.
         "timezone": "UTC",
+        "datestyle": "ISO, YMD",
         "jit": "off",
         "transaction_read_only": "on" if read_only else "off",
     }
@@ -140,6 +148,11 @@ _MEANING: tuple[tuple[tuple[type[Exception], ...], type[Exception], str], ...] =
         (pg.InsufficientPrivilege,),
         Refused,
         "the database role lacks a privilege; apply the SQL that `paperclip-worker db grants` prints",
+    ),
+    (
+        (pg.ForeignKeyViolation,),
+        Refused,
+        "a row refers to another that is gone, or is referred to",
     ),
     (
         (pg.UndefinedTable, pg.UndefinedColumn),

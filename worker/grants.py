@@ -1,49 +1,59 @@
-"""The least privilege the workers need, as SQL an owner runs."""
+"""The least privilege the workers need, as SQL an owner runs: what each job says it needs, and no more."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from sqlalchemy.dialects import postgresql
 
 from worker.errors import Refused
+from worker.job import Right, may_read
 from worker.ledger import SCHEMA
 
 if TYPE_CHECKING:
+    from worker.job import Job
     from worker.layouts.model import Layout
 
+# The evidence is append-only even for the worker itself.
+_APPEND_ONLY = ("receipts", "bites", "objects", "policies", "anchors")
 
-def statements(layout: Layout, role: str) -> Iterator[str]:
+
+def statements(layout: Layout, role: str, jobs: Iterable[type[Job]]) -> Iterator[str]:
     """GRANT statements for `role`, idempotent. Refused for a role name that could not be one."""
     if not role or "\0" in role or len(role.encode()) > 63:
         raise Refused("--role is not a name PostgreSQL can have for a role")
-    preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
-    to = preparer.quote(role)
+    quote = postgresql.dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]
+    to = quote(role)
     yield f"GRANT USAGE ON SCHEMA public, {SCHEMA} TO {to}"
     yield f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA {SCHEMA} TO {to}"
-    # The evidence is append-only even for the worker itself.
-    yield f"REVOKE UPDATE ON {SCHEMA}.receipts, {SCHEMA}.bites, {SCHEMA}.objects, {SCHEMA}.anchors FROM {to}"
-    read, deleted = {}, {}
-    for log in layout.logs.values():
-        deleted[log.name] = log.table
-        for table in log.reads():
-            read[table.name] = table
-    read |= {table.name: table for table in layout.landmarks}
-    for name in sorted(read):
-        place = preparer.format_table(read[name])
-        if name in deleted:
-            # The archive takes whole rows, columns of later releases included.
-            yield f"GRANT SELECT, DELETE ON {place} TO {to}"
-        else:
-            columns = ", ".join(preparer.quote(column.name) for column in read[name].c)
-            yield f"GRANT SELECT ({columns}) ON {place} TO {to}"
-    activity = layout.logs["activity_log"].table
-    # Its own row per run and company, whose details a resumed run brings up to date.
-    details = "details" if "details" in activity.c else "metadata"
-    yield f"GRANT INSERT, UPDATE ({preparer.quote(details)}) ON {preparer.format_table(activity)} TO {to}"
-    # SKIP LOCKED on rows to delete needs a right to lock them; one harmless column is the narrowest there is.
-    for name in sorted(deleted):
-        key = preparer.quote(layout.logs[name].key.name)
-        yield f"GRANT UPDATE ({key}) ON {preparer.format_table(deleted[name])} TO {to}"
+    yield f"REVOKE UPDATE ON {', '.join(f'{SCHEMA}.{name}' for name in _APPEND_ONLY)} FROM {to}"
+    rights = [*_everyone(layout), *(right for job in jobs for right in job.rights(layout))]
+    for (table, verb), columns in sorted(_merged(rights).items()):
+        of = f" ({', '.join(map(quote, sorted(columns)))})" if columns else ""
+        yield f"GRANT {verb}{of} ON public.{quote(table)} TO {to}"
     yield f"GRANT pg_read_all_stats TO {to}"
+
+
+def _everyone(layout: Layout) -> Iterator[Right]:
+    """What every run needs: to tell the layout, to find what an operator names, to leave its activity row."""
+    yield from may_read(layout.landmarks)
+    for subject in layout.subjects.values():
+        columns = (subject.key.name, *(name.name for name in subject.names))
+        yield Right(verb="SELECT", table=subject.key.table, columns=columns)
+    activity = layout.logs["activity_log"].table
+    details = "details" if "details" in activity.c else "metadata"
+    yield Right(verb="INSERT", table=activity)
+    # A resumed run brings the details of its one row up to date.
+    yield Right(verb="UPDATE", table=activity, columns=(details,))
+    yield Right(verb="SELECT", table=activity, columns=("id", details))
+
+
+def _merged(rights: Iterable[Right]) -> dict[tuple[str, str], frozenset[str]]:
+    """The columns of each table and verb; none where the whole table is meant."""
+    found: dict[tuple[str, str], frozenset[str] | None] = {}
+    for right in rights:
+        place = (right.table.name, right.verb)
+        have = found.get(place, frozenset())
+        found[place] = None if have is None or not right.columns else have | set(right.columns)
+    return {place: columns or frozenset() for place, columns in found.items()}

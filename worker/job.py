@@ -170,8 +170,8 @@ class Batch:
     """
 
     after: Mapping[str, Any]
-    window: sa.ColumnElement[bool]
     exhausted: bool
+    window: sa.ColumnElement[bool] | None = None
     exact: bool = False
 
 
@@ -196,12 +196,32 @@ class Verdict:
     left: tuple[Left, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Right:
+    """A privilege a job needs on a table of the host; `columns` empty: on the whole of it."""
+
+    verb: str
+    table: sa.Table
+    columns: tuple[str, ...] = ()
+
+
+def may_read(tables: Iterable[sa.Table]) -> Iterator[Right]:
+    """The right to read just the named columns of these tables."""
+    for table in tables:
+        yield Right(verb="SELECT", table=table, columns=tuple(table.c.keys()))
+
+
 class Job(abc.ABC):
     """A frozen, keyword-only dataclass. Its docstring's first line is its promise and its `--help`."""
 
     name: ClassVar[str]
-    action: ClassVar[str]  # of the activity row that each touched company gets
+    action: ClassVar[str]
     destructive: ClassVar[bool] = True
+
+    @property
+    def activity(self) -> str:
+        """The action of the activity row that each touched company gets."""
+        return self.action
 
     @property
     def subject(self) -> str:
@@ -218,6 +238,11 @@ class Job(abc.ABC):
         """Whether the job writes to the object store, which is then checked before anything starts."""
         return False
 
+    @classmethod
+    def retaining(cls, layout: Layout, table: str) -> Job | None:  # noqa: ARG003
+        """The job that keeps a retention policy of this table, with its other parameters at their defaults."""
+        return None
+
     @abc.abstractmethod
     def check(self, means: Means) -> None:
         """Raise Refused or SchemaError when this job cannot run here. Changes nothing."""
@@ -225,6 +250,14 @@ class Job(abc.ABC):
     @abc.abstractmethod
     def needs(self, layout: Layout) -> Iterable[sa.Table]:
         """The host's tables, with just the columns, that this job cannot do without."""
+
+    def foresee(self, means: Means) -> None:  # noqa: B027 - most jobs have nothing to look for
+        """Raise Refused for what only a long look at the data can tell. Asked once, before a run is entered."""
+
+    @classmethod
+    @abc.abstractmethod
+    def rights(cls, layout: Layout) -> Iterable[Right]:
+        """Every privilege on the host's tables that the job needs, whatever its parameters."""
 
     @abc.abstractmethod
     def plan(self, means: Means) -> Plan:

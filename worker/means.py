@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from worker import archive, ledger
+import sqlalchemy as sa
+
+from worker import archive, holds, ledger, retention, slices
 from worker.errors import Refused
+from worker.restore import Restore
+from worker.rowset import RowSet, at
+from worker.tasksets import TaskSets
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import sqlalchemy as sa
-
     from worker.archive import ArchivedObject
-    from worker.job import Batch
-    from worker.layouts.model import Keep, Layout, LogTable
-    from worker.rowset import RowSet
+    from worker.config import Settings
+    from worker.holds import Holds
+    from worker.job import Batch, Plan, Shard
+    from worker.layouts.model import Keep, Layout, Records
+    from worker.retention import Cutoffs, Policy
     from worker.storage import Store
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Rules other than those in force, for a look at what they would do."""
+
+    holds: Callable[[Holds], Holds] = lambda found: found
+    policies: Callable[[list[Policy]], list[Policy]] = lambda found: found
+
+
+IN_FORCE = Rules()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +45,52 @@ class Means:
     connection: sa.Connection
     now: datetime
     layout: Layout
+    settings: Settings
     run: UUID | None = None
     store: Store | None = None
     contended: bool = False
+    rules: Rules = IN_FORCE
+
+    @cached_property
+    def holds(self) -> Holds:
+        """The legal holds in force in this transaction."""
+        return self.rules.holds(holds.in_force(self.connection))
+
+    @cached_property
+    def _policies(self) -> list[Policy]:
+        return self.rules.policies(retention.versions(self.connection))
+
+    def cutoffs(self, table: str, *, asked: timedelta | None, default: timedelta) -> Cutoffs:
+        """The moments before which rows of a table are old. Refused when a policy is not within the settings."""
+        if asked is not None:
+            retention.require_within(asked, self.settings, what="--older-than")
+        found = [one for one in self._policies if one.table == table]
+        return retention.cutoffs(found, self.settings, now=self.now, asked=asked, default=default)
 
     def rows(
-        self, log: LogTable, *, cutoff: datetime, companies: tuple[UUID, ...], keeps: tuple[Keep, ...]
+        self, what: Records, *, cutoffs: Cutoffs, companies: tuple[UUID, ...], keeps: tuple[Keep, ...]
     ) -> RowSet:
-        """The old rows of a log as a set."""
-        from worker.rowset import RowSet  # noqa: PLC0415 - a cycle otherwise: rowset speaks of jobs
+        """The old rows of a table as a set, those left out that a legal hold or another keep holds back."""
+        return RowSet(what=what, cutoffs=cutoffs, companies=companies, keeps=(*self.holds.keep(what), *keeps))
 
-        return RowSet(log=log, cutoff=cutoff, companies=companies, keeps=keeps)
+    @cached_property
+    def tasks(self) -> TaskSets:
+        """What can be done with the tasks' table."""
+        return TaskSets(self)
+
+    def restore(self, run: UUID | None, companies: tuple[UUID, ...]) -> Restore:
+        """What can be done to put a run's archive back."""
+        return Restore(self, run, companies)
+
+    def shards(self, rows: RowSet, plan: Plan, *, archive: bool = False) -> Iterator[Shard]:
+        """The rows of a plan laid out as shards; `archive` where they are copied out as well."""
+        return slices.shards(rows, self.connection, plan.targets, archive=archive)
 
     def archive(self, rows: RowSet, batch: Batch) -> tuple[Batch, tuple[ArchivedObject, ...]]:
         """Write a batch's rows to the store and read them back; the batch of just these rows, and the objects."""
-        from worker.rowset import at  # noqa: PLC0415 - a cycle otherwise: rowset speaks of jobs
-
         store, run = self._archive()
         query = rows.lines(batch)
-        objects, addresses = archive.write(store, self.connection, query, table=rows.log.name, run=run)
+        objects, addresses = archive.write(store, self.connection, query, table=rows.what.name, run=run)
         return at(batch, addresses), objects
 
     def archived(self) -> list[ArchivedObject]:
@@ -79,8 +122,6 @@ class Means:
 
     def require_companies(self, companies: Sequence[UUID]) -> None:
         """Raise Refused for a company that is not in this deployment, and when there is none at all."""
-        import sqlalchemy as sa  # noqa: PLC0415
-
         column = self.layout.companies.c.id
         if companies:
             known = set(self.connection.scalars(sa.select(column).where(column.in_(companies))))

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from worker import anchors, archive, audit, db, layouts, ledger, params, registry
 from worker.errors import Refused
 from worker.job import Job, Plan, Tally, horizon_of
-from worker.means import Means
+from worker.means import IN_FORCE, Means, Rules
 from worker.runner import Runner, check
 from worker.states import ACTIVE, RESUMABLE, State
 from worker.storage import NullStore, S3Store
@@ -48,10 +48,10 @@ class Operations:
         """A worker's loop on this deployment."""
         return Runner(self.settings, self.engine, store=self.store)
 
-    def transaction(self, *, scan: bool = False, read_only: bool = False) -> db.Transaction:
+    def transaction(self, *, scan: bool = False, read_only: bool = False, first: str | None = None) -> db.Transaction:
         """A transaction with the configured timeouts; `scan` allows the long reads of plan and verify."""
         seconds = self.settings.scan_timeout if scan else self.settings.statement_timeout
-        return db.transaction(self.engine, lock=2, statement=seconds, read_only=read_only)
+        return db.transaction(self.engine, lock=2, statement=seconds, read_only=read_only, first=first)
 
     def check_ready(self) -> None:
         """Raise what would fail every run: signing key, database, ledger, bucket."""
@@ -62,10 +62,14 @@ class Operations:
         if self.store is not None:
             self.store.check()
 
-    def plan(self, job: Job, *, approved: str | None = None) -> Plan:
-        """What a run of `job` would change now; with `approved`, refused when the world has drifted from it."""
+    def plan(self, job: Job, *, approved: str | None = None, rules: Rules = IN_FORCE) -> Plan:
+        """What a run of `job` would change now; with `approved`, refused when the world has drifted from it.
+
+        With `rules`, what it would change under other holds or policies than those in force.
+        """
         now = _now() if approved is None else horizon_of(approved, now=_now())
-        with self._checked(job, now) as means:
+        with self._checked(job, now, rules) as means:
+            job.foresee(means)
             plan = job.plan(means)
         if approved is not None and plan.hash != approved:
             raise Refused("--plan: the world has drifted from that plan; make the plan again and approve it")
@@ -89,8 +93,8 @@ class Operations:
                 raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set; --without-archive does without it")
             self.store.check()
         now = now or _now()
-        with self._checked(job, now):
-            pass
+        with self._checked(job, now) as means:
+            job.foresee(means)
         with self.transaction() as connection:
             ledger.require(connection)
             return ledger.create(
@@ -126,8 +130,9 @@ class Operations:
                         connection=connection,
                         now=now,
                         layout=layouts.detect(connection),
+                        settings=self.settings,
                         run=UUID(int=0),
-                        store=NullStore(),
+                        store=NullStore(self.store),
                     )
                     batch = job.claim(means, shard, cursor, limit)
                     if batch is None:
@@ -237,10 +242,20 @@ class Operations:
         return runs
 
     @contextmanager
-    def _checked(self, job: Job, now: datetime) -> Iterator[Means]:
+    def _checked(self, job: Job, now: datetime, rules: Rules = IN_FORCE) -> Iterator[Means]:
         """A read-only scan of the live database, once the job is known to fit it."""
         with self.transaction(scan=True, read_only=True) as connection:
-            means = Means(connection=connection, now=now, layout=layouts.detect(connection))
+            layout = layouts.detect(connection)
+            # Legal holds and policies are in the ledger: without it nobody can say what would go.
+            ledger.require(connection)
+            means = Means(
+                connection=connection,
+                now=now,
+                layout=layout,
+                settings=self.settings,
+                store=self.store,
+                rules=rules,
+            )
             check(job, means)
             yield means
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from uuid import UUID
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 _UNITS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _DURATION = re.compile(r"([0-9]{1,6})([mhdw])")
+
+
+class RunId(UUID):
+    """The id of a run. On the command line its start, or `last`, will do."""
 
 
 def param(default: Any = dataclasses.MISSING, *, help: str, metavar: str = "", off: str = "") -> Any:  # noqa: A002
@@ -32,6 +37,7 @@ class Param:
     name: str
     type: type
     many: bool
+    optional: bool
     default: Any
     help: str
     metavar: str
@@ -50,13 +56,15 @@ def params_of(job: type[Job]) -> tuple[Param, ...]:
 
 def _param(field: dataclasses.Field[Any], hint: Any) -> Param:
     many = get_origin(hint) is tuple
-    kind = get_args(hint)[0] if many else hint
-    if kind not in _READ:
-        raise TypeError(f"{field.name}: a job parameter cannot be of type {kind!r}")
+    optional = get_origin(hint) is UnionType
+    kind = get_args(hint)[0] if many or optional else hint
+    if kind not in _READ or (optional and get_args(hint) != (kind, NoneType)):
+        raise TypeError(f"{field.name}: a job parameter cannot be of type {hint!r}")
     return Param(
         name=field.name,
         type=kind,
         many=many,
+        optional=optional,
         default=field.default,
         help=field.metadata["help"],
         metavar=field.metadata["metavar"],
@@ -94,8 +102,14 @@ def _bool(value: Any) -> bool:
     return value
 
 
-_READ: Mapping[Any, Any] = {timedelta: duration, UUID: _uuid, str: str, bool: _bool}
-_WRITE: Mapping[Any, Any] = {timedelta: duration_text, UUID: str}
+_READ: Mapping[Any, Any] = {
+    timedelta: duration,
+    UUID: _uuid,
+    RunId: lambda text: RunId(str(_uuid(text))),
+    str: str,
+    bool: _bool,
+}
+_WRITE: Mapping[Any, Any] = {timedelta: duration_text, UUID: str, RunId: str}
 
 
 def read(kind: type, value: Any) -> Any:
@@ -109,7 +123,7 @@ def to_json(job: Job) -> dict[str, Any]:
     for item in params_of(type(job)):
         value = getattr(job, item.name)
         write = _WRITE.get(item.type, lambda plain: plain)
-        found[item.name] = [write(one) for one in value] if item.many else write(value)
+        found[item.name] = [write(one) for one in value] if item.many else None if value is None else write(value)
     return found
 
 
@@ -122,7 +136,13 @@ def from_json(job: type[Job], values: Mapping[str, Any]) -> Job:
     for name, value in values.items():
         item = known[name]
         try:
-            fields[name] = tuple(read(item.type, one) for one in value) if item.many else read(item.type, value)
+            fields[name] = _field(item, value)
         except Refused as error:
             raise Refused(f"{item.option}: {error}") from None
     return job(**fields)
+
+
+def _field(item: Param, value: Any) -> Any:
+    if value is None and item.optional:
+        return None
+    return tuple(read(item.type, one) for one in value) if item.many else read(item.type, value)

@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from worker import anchors, audit, db, layouts, ledger, params, registry, settle
+from worker import anchors, audit, db, holds, layouts, ledger, params, registry, settle
 from worker.errors import Contended, DatabaseGone, Refused, Transient, WorkerError
 from worker.job import Tally
 from worker.logs import log
 from worker.means import Means
-from worker.states import ACTIVE, State
+from worker.states import ACTIVE, SETTLED, State
 from worker.throttle import Throttle
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class Runner:
         job = params.from_json(registry.job(run.job), run.params)
         asked = self._throttle.rows(contended=self._contended)
         began = time.monotonic()
-        with self._transaction() as connection:
+        with self._transaction(first=holds.SHARED) as connection:
             held = ledger.take_shard(connection, run.id)
             if held is None:
                 return False
@@ -210,27 +211,24 @@ class Runner:
         return None
 
     def _verify(self, run_id: UUID) -> Outcome | None:
-        with self._transaction(scan=True) as connection:
-            run = ledger.get(connection, run_id, hold=True)
-            if run is None:
-                return Outcome.IDLE
-            if run.state is State.VERIFYING:
-                job = params.from_json(registry.job(run.job), run.params)
-                settle.verify(self._means(connection, run), job, run)
-        return None
+        return self._judge(run_id, State.VERIFYING, settle.verify)
 
     def _finish(self, run_id: UUID) -> Outcome | None:
+        return self._judge(run_id, State.FINISHING, partial(settle.finish, signer=self._signer))
+
+    def _judge(self, run_id: UUID, expected: State, judge: Callable[[Means, Job, Run], State]) -> Outcome | None:
+        """Hold a run in the expected state and take the step that leads out of it."""
         with self._transaction(scan=True) as connection:
             run = ledger.get(connection, run_id, hold=True)
             if run is None:
                 return Outcome.IDLE
-            if run.state is State.FINISHING:
+            if run.state is expected:
                 job = params.from_json(registry.job(run.job), run.params)
-                state = settle.finish(self._means(connection, run), job, run, self._signer)
+                state = judge(self._means(connection, run), job, run)
             else:
                 return None
-        log.info("run settled", run=str(run_id), state=state.value)
-        return Outcome.SETTLED
+        log.info("run judged", run=str(run_id), state=state.value)
+        return Outcome.SETTLED if state in SETTLED else None
 
     def _stop(self, run_id: UUID) -> Outcome | None:
         """The worker that finds no bite in flight settles; the others go home."""
@@ -288,15 +286,17 @@ class Runner:
 
     # -- parts ----------------------------------------------------------------------------------------
 
-    def _transaction(self, *, scan: bool = False) -> db.Transaction:
+    def _transaction(self, *, scan: bool = False, first: str | None = None) -> db.Transaction:
         lock, statement = self._settings.lock_timeout, self._settings.statement_timeout
-        return db.transaction(self._engine, lock=lock, statement=self._settings.scan_timeout if scan else statement)
+        statement = self._settings.scan_timeout if scan else statement
+        return db.transaction(self._engine, lock=lock, statement=statement, first=first)
 
     def _means(self, connection: sa.Connection, run: Run, *, contended: bool = False) -> Means:
         return Means(
             connection=connection,
             now=run.now,
             layout=layouts.LAYOUTS[run.layout],
+            settings=self._settings,
             run=run.id,
             store=self._store,
             contended=contended,

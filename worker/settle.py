@@ -38,7 +38,7 @@ def verify(means: Means, job: Job, run: Run) -> State:
     return State.FINISHING
 
 
-def finish(means: Means, job: Job, run: Run, signer: Signer) -> State:
+def finish(means: Means, job: Job, run: Run, *, signer: Signer) -> State:
     """Close a held, verified run for good; the state it ends in."""
     state = State.UNKEPT if run.findings else State.KEPT
     evidence = dict(job.index(means))
@@ -89,6 +89,7 @@ def settle(
         "left": list(run.left_rows),
         "findings": list(run.findings),
         "error": error,
+        "holds": [str(one.id) for one in means.holds.found],
         "evidence": dict(evidence),
     }
     receipt = audit.append(connection, signer, run.id, facts)
@@ -98,7 +99,7 @@ def settle(
             companies[company] = companies.get(company, 0) + amount.rows
     for company, rows in sorted(companies.items()):
         details = {"run": str(run.id), "job": run.job, "params": dict(run.params), "rows": rows, "state": state.value}
-        activity = Activity(id=uuid5(run.id, company), company=company, action=job.action, at=now, details=details)
+        activity = Activity(id=uuid5(run.id, company), company=company, action=job.activity, at=now, details=details)
         connection.execute(means.layout.record_activity(activity))
     ledger.step(connection, run, state, settled_at=now, error=error, waiting=None)
     return receipt

@@ -238,9 +238,13 @@ class S3Store:
 
 
 class NullStore:
-    """Holds the last object only, long enough to be read back: what a rehearsal writes to."""
+    """Holds the last object only, long enough to be read back: what a rehearsal writes to.
 
-    def __init__(self) -> None:
+    What it was not given it reads from the store behind it, and never writes there.
+    """
+
+    def __init__(self, behind: Store | None = None) -> None:
+        self._behind = behind
         self._key = ""
         self._body = b""
 
@@ -251,9 +255,12 @@ class NullStore:
             raise StorageFault(f"{key}: the body does not have the checksum it was announced with")
 
     def read(self, key: str) -> Iterator[bytes]:
-        if key != self._key:
-            raise StorageFault(f"{key} is not in the store")
-        yield self._body
+        if key == self._key:
+            yield self._body
+        elif self._behind is not None:
+            yield from self._behind.read(key)
+        else:
+            raise Missing(f"{key} is not in the store")
 
     def keys(self, prefix: str) -> list[str]:
         return [self._key] if self._key.startswith(prefix) else []
@@ -261,6 +268,10 @@ class NullStore:
     def delete(self, keys: list[str]) -> None:
         if self._key in keys:
             self._key, self._body = "", b""
+
+
+class Missing(StorageFault):
+    """The object is not in the store."""
 
 
 def read_digest(store: Store, key: str) -> str | None:
@@ -272,10 +283,6 @@ def read_digest(store: Store, key: str) -> str | None:
     except Missing:
         return None
     return found.hexdigest()
-
-
-class Missing(StorageFault):
-    """The object is not in the store."""
 
 
 @contextmanager

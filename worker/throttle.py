@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _FIRST_ROWS = 2_000
 # A bite has a fixed cost (planning, the set of open issues) that fewer rows do not lower.
-_LEAST_ROWS = 500
+_LEAST_ROWS = 100
 # With what others hold left out, a bite locks before it copies; it stays small so that nobody waits for it.
 _CONTENDED_ROWS = 200
 _LOOK_EVERY = 2.0

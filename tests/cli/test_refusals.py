@@ -148,8 +148,8 @@ _SETTINGS: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
         "cannot be reached",
     ),
     "a lock of no mode": ({"PAPERCLIP_WORKER_RECEIPT_LOCK_MODE": "firm"}, PLAN, "RECEIPT_LOCK_MODE.*compliance"),
-    "a lock of no duration": ({"PAPERCLIP_WORKER_RECEIPT_LOCK": "long"}, PLAN, "RECEIPT_LOCK must be a duration"),
-    "a lock too long": ({"PAPERCLIP_WORKER_RECEIPT_LOCK": "999999w"}, PLAN, "RECEIPT_LOCK.*100 years"),
+    "a lock of no duration": ({"PAPERCLIP_WORKER_RECEIPT_LOCK": "long"}, PLAN, "RECEIPT_LOCK .*is not a duration"),
+    "a lock too long": ({"PAPERCLIP_WORKER_RECEIPT_LOCK": "999999w"}, PLAN, "RECEIPT_LOCK.*36500 days"),
     "wrong S3 secret": ({"AWS_SECRET_ACCESS_KEY": "hunter2"}, INLINE, "store refuses.*credentials"),
     "wrong S3 key id": ({"AWS_ACCESS_KEY_ID": "nobody"}, INLINE, "store refuses.*credentials"),
     "no S3 credentials": (
@@ -322,7 +322,7 @@ def test_a_terminal_is_asked_and_no_is_no(released: Deployment) -> None:
     answer, out = _answer(released, "yes\n")
     assert answer == 2
     assert "type activity_log to go on" in out
-    assert "not confirmed; nothing was started" in out
+    assert "not confirmed; nothing was started or changed" in out
     assert world(released) == found
     answer, out = _answer(released, "activity_log\n")
     assert answer == 0

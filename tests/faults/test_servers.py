@@ -107,6 +107,26 @@ def test_a_killed_worker_s_run_is_finished_by_the_next(site: Deployment) -> None
     check_kept(site, run, before)
 
 
+def test_a_worker_told_to_end_hands_its_run_to_the_next(site: Deployment) -> None:
+    """SIGTERM in the middle of a run: the bite ends, then the worker, and another goes on with no need of rescue."""
+    before = rows(site)
+    run = begin(site.operations)
+    # So long a slice that the first would do the whole run in it, and no rescue within the test's time.
+    slow = {**SMALL, "slice_seconds": "120", "rescue_after": "3600"}
+    with site.worker(*WORKER, **slow) as first:
+        _send(site, run)
+        _under_way(site, run)
+        first.terminate()
+        assert first.wait(10) == 0
+    assert not _settled(site, run)
+    check_exact(site, run, before)
+    at = _bites(site, run)
+    with site.worker(*WORKER, **slow):
+        wait(lambda: _settled(site, run))
+    assert _bites(site, run) > at
+    check_kept(site, run, before)
+
+
 def _nobody_connected(site: Deployment) -> bool:
     """Whether PostgreSQL has noticed that the worker is dead."""
     query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s AND state <> 'idle' AND datname = "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pwd
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from tasks.prune_logs import PruneLogs
 from worker import canonical, config, logs, params, states
+from worker.commands import common
 from worker.config import Need
 from worker.errors import Refused, SettingsError
 from worker.job import Amount, Left, Plan, Tally, Target, horizon_of
@@ -73,6 +76,74 @@ def test_the_worker_keeps_away_from_the_apps_objects() -> None:
 def test_settings_never_print_a_secret() -> None:
     settings = config.load({"DATABASE_URL": "postgres://u:hunter2@h/d"})
     assert "hunter2" not in repr(settings) + str(settings.model_dump())
+
+
+_URLS = {"DATABASE_URL": "postgres://u:hunter2@h/d", "PAPERCLIP_WORKER_BROKER_URL": "redis://:hunter2@h/0"}
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_a_url_may_stand_in_a_file(tmp_path: Path, end: str) -> None:
+    environment = {}
+    for name, url in _URLS.items():
+        path = tmp_path / name
+        path.write_bytes(f"{url}{end}".encode())
+        environment[f"{name}_FILE"] = str(path)
+    settings = config.load(environment, needs=[Need.DATABASE, Need.BROKER])
+    assert (settings.database(), settings.broker()) == tuple(_URLS.values())
+    assert "hunter2" not in repr(settings)
+    assert set(config.FROM_FILE.values()) == set(_URLS)
+
+
+_BAD_FILES = {
+    "absent": (None, "names no file"),
+    "binary": (b"\xff\xfe", "names no file"),
+    "empty": (b"", "holds one line"),
+    "blank": (b"\n", "holds one line"),
+    "two lines": (b"redis://hunter2@h\nredis://h\n", "holds one line"),
+    "no URL": (b"hunter2\n", "URL"),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), _BAD_FILES.values(), ids=list(_BAD_FILES))
+@pytest.mark.parametrize("name", list(_URLS))
+def test_a_file_without_a_url_is_a_fault_that_quotes_nothing(
+    tmp_path: Path, name: str, content: bytes | None, says: str
+) -> None:
+    path = tmp_path / "secret"
+    if content is not None:
+        path.write_bytes(content)
+    environment = {f"{name}_FILE": str(path), "PAPERCLIP_WORKER_BITE_ROWS": "many"}
+    with pytest.raises(SettingsError, match=says) as caught:
+        config.load(environment, needs=[Need(name)])
+    text = str(caught.value)
+    assert name in text
+    assert "BITE_ROWS" in text
+    assert "hunter2" not in text
+    assert str(path) not in text
+    assert "is not set" not in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("name", list(_URLS))
+def test_a_url_given_twice_is_a_fault(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "secret"
+    path.write_text(_URLS[name])
+    with pytest.raises(SettingsError, match=f"{name} and {name}_FILE are both set") as caught:
+        config.load({name: _URLS[name], f"{name}_FILE": str(path)})
+    assert "hunter2" not in str(caught.value)
+    assert config.load({name: _URLS[name], f"{name}_FILE": ""})
+
+
+def test_an_operator_without_an_account_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a user id of the operator's choice."""
+
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert common.login() == "unknown"
 
 
 def test_canonical_json_has_one_spelling() -> None:

@@ -7,7 +7,7 @@ import click
 
 def all_commands() -> list[click.Command]:
     """Every top-level command, in the order `--help` teaches them."""
-    from worker.commands import database, demo, jobs, receipts, runs, services
+    from worker.commands import database, demo, holds, jobs, liveness, policy, receipts, runs, services
 
     return [
         demo.demo,
@@ -16,9 +16,12 @@ def all_commands() -> list[click.Command]:
         jobs.run,
         runs.runs,
         receipts.receipts,
+        policy.policy,
+        holds.holds,
         services.schedule,
         database.db,
         receipts.keygen,
         services.worker,
         services.beat,
+        liveness.ping,
     ]

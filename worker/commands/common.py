@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import math
 import sys
@@ -11,7 +12,7 @@ from uuid import UUID
 
 import click
 
-from worker.errors import Exit, WorkerError
+from worker.errors import Exit, Refused, WorkerError
 
 if TYPE_CHECKING:
     from worker.config import Need, Settings
@@ -58,6 +59,31 @@ def broker(deployment: Operations) -> Callable[[UUID], None]:
 def print_json(value: Any) -> None:
     """One object on stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def actor_option(command: F) -> F:
+    """`--actor`: who does it, for the evidence."""
+    return click.option("--actor", help="Who; kept as evidence.  [default: the login name]")(command)
+
+
+def login() -> str:
+    """The login name, where there is one."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a user id without an account, as in a container; KeyError before Python 3.13
+        return "unknown"
+
+
+def require_answer(*, yes: bool, as_json: bool, what: str, other: str = "") -> None:
+    """Refused, before anything is shown, where nobody could answer and no option has answered already."""
+    if not yes and (as_json or not sys.stdin.isatty()):
+        raise Refused(f"{what}: look at it first, then confirm with --yes{other}")
+
+
+def confirm(subject: str, *, yes: bool) -> None:
+    """Have the subject's name typed, unless `--yes` was given. Refused on another answer."""
+    if not yes and click.prompt(f"type {subject} to go on", default="", show_default=False) != subject:
+        raise Refused("not confirmed; nothing was started or changed")
 
 
 def print_rows(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -146,6 +172,14 @@ def print_result(result: dict[str, Any]) -> None:
     if result["anchor"]:
         until = result["anchor"]["locked_until"]
         click.echo(f"anchor {result['anchor']['key']}" + (f", locked until {until}" if until else ""))
+
+
+def print_doomed(doomed: Sequence[dict[str, Any]]) -> None:
+    """Rows that the next runs would take and so far would not."""
+    click.echo(f"the next runs would take {number(sum(one['rows'] for one in doomed))} rows more")
+    if doomed:
+        header = ("job", "table", "company", "rows")
+        print_rows(header, [[one[name] for name in header] for one in doomed])
 
 
 def print_left(left: Sequence[dict[str, Any]]) -> None:

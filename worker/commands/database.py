@@ -86,16 +86,21 @@ def _jobs(layout: str, connection: object) -> dict[str, list[str]]:
     type=click.Choice(["paperclip", "guide"]),
     help="Print for this layout without asking a database.  [default: the live database's]",
 )
-def grants(role: str, layout: str | None) -> None:
+@click.option(
+    "--job", "names", metavar="JOB", multiple=True, help="Only what this job needs; repeatable.  [default: all jobs]"
+)
+def grants(role: str, layout: str | None, names: tuple[str, ...]) -> None:
     """Print the SQL that gives a role just the privileges the jobs need. Changes nothing.
 
     Run it as the owner, after `db init`.
     """
     from worker import grants as sql
-    from worker import layouts
+    from worker import layouts, registry
+
+    jobs = [registry.job(name) for name in names] or list(registry.jobs().values())
 
     if layout is None:
         with common.operations().transaction(read_only=True) as connection:
             layout = layouts.detect(connection).name
-    for statement in sql.statements(layouts.LAYOUTS[layout], role):
+    for statement in sql.statements(layouts.LAYOUTS[layout], role, jobs):
         click.echo(statement + ";")

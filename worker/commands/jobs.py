@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +40,9 @@ class _Value(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, self._item.type):
             return value
+        if self._item.type is params.RunId:
+            # The start of an id, which the ledger is asked for once there is a connection.
+            return value
         try:
             return params.read(self._item.type, value)
         except Refused as error:
@@ -56,7 +57,7 @@ def _option(item: params.Param) -> click.Option:
     if item.type is bool:
         names = f"{item.option}/{item.off}" if item.off else item.option
         return click.Option([names], is_flag=True, default=item.default, help=item.help, show_default=True)
-    shown = params.duration_text(item.default) if item.metavar == "AGE" else None
+    shown = params.duration_text(item.default) if item.metavar == "AGE" and item.default else None
     return click.Option(
         [item.option],
         type=_Value(item),
@@ -64,12 +65,16 @@ def _option(item: params.Param) -> click.Option:
         multiple=item.many,
         default=item.default,
         help=item.help,
-        show_default=shown or not item.many,
+        show_default=shown or not (item.many or item.optional),
     )
 
 
 def _build(job: type[Job], given: dict[str, Any]) -> Job:
-    return job(**{item.name: given[item.name] for item in params.params_of(job)})
+    values = {item.name: given[item.name] for item in params.params_of(job)}
+    for item in params.params_of(job):
+        if item.type is params.RunId and values[item.name] is not None:
+            values[item.name] = params.RunId(str(common.operations().find(values[item.name]).id))
+    return job(**values)
 
 
 def _command(job: type[Job], run: Callable[..., Any], extra: list[click.Option]) -> click.Command:
@@ -154,7 +159,7 @@ def _run(
     send = _no_broker if inline else common.broker(deployment)
     run = deployment.start(
         job,
-        actor=actor or _login(),
+        actor=actor or common.login(),
         via="cli",
         reason=reason,
         now=now,
@@ -181,24 +186,15 @@ def _approve(deployment: Operations, job: Job, *, yes: bool, approved: str | Non
         return deployment.plan(job, approved=approved).now
     if yes or not job.destructive:
         return None
-    if as_json or not sys.stdin.isatty():
-        raise Refused(f"{job.name} is destructive: confirm with --yes, or with --plan HASH of a plan you approved")
+    common.require_answer(yes=yes, as_json=as_json, what=f"{job.name} is destructive", other=" or --plan HASH")
     plan = deployment.plan(job)
     print_plan(plan)
-    if click.prompt(f"type {job.subject} to go on", default="", show_default=False) != job.subject:
-        raise Refused("not confirmed; nothing was started")
+    common.confirm(job.subject, yes=yes)
     return plan.now
 
 
 def _no_broker(run: Any) -> None:
     del run
-
-
-def _login() -> str:
-    try:
-        return getpass.getuser()
-    except OSError:
-        return "unknown"
 
 
 def print_plan(plan: Plan) -> None:

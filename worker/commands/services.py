@@ -49,7 +49,7 @@ def list_schedule(as_json: bool) -> None:
     import schedules
     from worker import params
 
-    last = _last_runs() if os.environ.get("DATABASE_URL") else {}
+    last = _last_runs() if os.environ.get("DATABASE_URL") or os.environ.get("DATABASE_URL_FILE") else {}
     rows: list[dict[str, Any]] = [
         {
             "entry": name,

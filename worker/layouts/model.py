@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 
 from worker.errors import Refused
 
@@ -24,21 +25,59 @@ class Keep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogTable:
-    """A table whose old rows may go.
+class Records:
+    """A table of which a job changes rows by their age.
 
     `age` decides how old a row is; NULL never expires. `company` is None where rows belong to the instance.
-    `indexed`: an index on (company, age) exists. `record`: rows are worth an archive; credentials are not,
-    and an archive of them would leave a secret behind.
+    `indexed`: an index on (company, age) exists. `among`: the only rows a job may think of.
     """
 
     table: sa.Table
     key: sa.Column[Any]
-    age: sa.Column[datetime]
+    age: sa.ColumnElement[datetime]
     company: sa.Column[UUID] | None
     indexed: bool
-    record: bool = True
     keeps: tuple[Keep, ...] = ()
+    among: sa.ColumnElement[bool] | None = None
+    # Where a row names a user or a task by its id, and where it may mention one; asked for legal holds alone.
+    users: tuple[sa.ColumnElement[Any], ...] = ()
+    tasks: tuple[sa.ColumnElement[Any], ...] = ()
+    texts: tuple[sa.ColumnElement[Any], ...] = ()
+    # Further rows that belong to tasks, given their ids: those of the tasks' runs.
+    of_tasks: Callable[[Sequence[str]], sa.ColumnElement[bool]] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.table.name
+
+    def reads(self) -> tuple[sa.Table, ...]:
+        """Every table a statement on these rows touches, with the columns it needs."""
+        return (self.table, *(table for keep in self.keeps for table in keep.reads))
+
+    def names_user(self, ids: Sequence[str]) -> sa.ColumnElement[bool]:
+        """Rows in which a column is the id of one of these users."""
+        return sa.or_(sa.false(), *(sa.cast(column, sa.Text).in_(ids) for column in self.users))
+
+    def names_task(self, ids: Sequence[str]) -> sa.ColumnElement[bool]:
+        """Rows in which a column is the id of one of these tasks, and those of the tasks' runs."""
+        terms = [sa.cast(column, sa.Text).in_(ids) for column in self.tasks]
+        return sa.or_(sa.false(), *terms, *([self.of_tasks(ids)] if self.of_tasks else []))
+
+    def mentions(self, ids: Sequence[str]) -> sa.ColumnElement[bool]:
+        """Rows whose free text or JSON has one of these ids anywhere in it."""
+        escaped = (one.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") for one in ids)
+        patterns = sa.any_(sa.literal([f"%{one}%" for one in escaped], sa.ARRAY(sa.Text)))
+        return sa.or_(sa.false(), *(sa.cast(column, sa.Text).like(patterns) for column in self.texts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogTable(Records):
+    """A table whose old rows may go.
+
+    `record`: rows are worth an archive; credentials are not, and an archive of them would leave a secret behind.
+    """
+
+    record: bool = True
     # Which rows are security events, where the table tells.
     security: sa.ColumnElement[bool] | None = None
 
@@ -48,13 +87,25 @@ class LogTable:
             return ()
         return (Keep(reason="security", why="--keep-security was asked for", rows=self.security),)
 
-    @property
-    def name(self) -> str:
-        return self.table.name
 
-    def reads(self) -> tuple[sa.Table, ...]:
-        """Every table a statement on this log touches, with the columns it needs."""
-        return (self.table, *(table for keep in self.keeps for table in keep.reads))
+@dataclass(frozen=True, kw_only=True)
+class TaskTable(Records):
+    """The table of tasks, of which ended ones are archived: put out of sight, and brought back as they were.
+
+    `archived` and `back` are what is set then. `mark` is a text that differs once the app has changed a task.
+    """
+
+    archived: Callable[[datetime], Mapping[str, Any]]
+    back: Mapping[str, Any]
+    mark: sa.ColumnElement[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What an operator may name in a legal hold: `key` is its id, `names` are other unique or near-unique names."""
+
+    key: sa.Column[Any]
+    names: tuple[sa.Column[Any], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +119,28 @@ class Activity:
     details: Mapping[str, Any]
 
 
+def record_activity(table: sa.Table, *, details: str, at: str, **entity: str) -> Callable[[Activity], sa.Insert]:
+    """How a layout writes an activity row: `details` and `at` name its columns, `entity` what it says of its object.
+
+    A resumed run settles again; its one row then says the final numbers.
+    """
+
+    def insert(row: Activity) -> sa.Insert:
+        values = {
+            "id": row.id,
+            "company_id": row.company,
+            "action": row.action,
+            "actor_type": "system",
+            "actor_id": "paperclip-worker",
+            details: dict(row.details),
+            at: row.at,
+        } | {name: row.company if value == "company_id" else value for name, value in entity.items()}
+        found = postgresql.insert(table).values(values)
+        return found.on_conflict_do_update(index_elements=["id"], set_={details: values[details]})
+
+    return insert
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """One schema of the shared database, in the terms jobs use."""
@@ -75,9 +148,15 @@ class Layout:
     name: str
     companies: sa.Table
     logs: Mapping[str, LogTable]
+    tasks: TaskTable
+    subjects: Mapping[str, Subject]
     # Tables whose presence tells this layout from the others.
     landmarks: tuple[sa.Table, ...]
     record_activity: Callable[[Activity], sa.Insert]
+
+    def records(self, name: str) -> Records:
+        """The log or the tasks' table of that name. Refused as for `log`."""
+        return self.tasks if name == self.tasks.name else self.log(name)
 
     def log(self, name: str) -> LogTable:
         """The log table of that name. Refused, with the reason, when its rows must not be pruned."""

@@ -5,21 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.dialects.postgresql import JSONB
 
-from worker.layouts.model import Activity, Layout, LogTable
+from worker.layouts.model import Layout, LogTable, Subject, TaskTable, record_activity
 
 _meta = sa.MetaData(schema="public")
 _TIME = sa.DateTime(timezone=True)
 
 
-def _table(name: str, **columns: Any) -> sa.Table:
+def _table(name: str, /, **columns: Any) -> sa.Table:
     return sa.Table(name, _meta, *(sa.Column(column, kind) for column, kind in columns.items()))
 
 
-COMPANIES = _table("companies", id=sa.Uuid)
-TASKS = _table("tasks", id=sa.Uuid, company_id=sa.Uuid, status=sa.Text, archived=sa.Boolean, updated_at=_TIME)
-USERS = _table("authUsers", id=sa.Text)
+COMPANIES = _table("companies", id=sa.Uuid, name=sa.Text)
+TASKS = _table(
+    "tasks",
+    id=sa.Uuid,
+    company_id=sa.Uuid,
+    title=sa.Text,
+    description=sa.Text,
+    status=sa.Text,
+    archived=sa.Boolean,
+    created_by_user_id=sa.Text,
+    updated_at=_TIME,
+)
+USERS = _table("authUsers", id=sa.Text, email=sa.Text)
 ACTIVITY = _table(
     "activity_log",
     id=sa.Uuid,
@@ -38,30 +48,36 @@ _ACTIVITY_LOG = LogTable(
     company=ACTIVITY.c.company_id,
     indexed=True,
     security=sa.or_(*(ACTIVITY.c.action.like(family) for family in ("auth.%", "secret.%"))),
+    users=(ACTIVITY.c.actor_id,),
+    texts=(ACTIVITY.c.metadata,),
 )
 
-
-def _record_activity(row: Activity) -> sa.Insert:
-    values = {
-        "id": row.id,
-        "company_id": row.company,
-        "action": row.action,
-        "actor_type": "system",
-        "actor_id": "paperclip-worker",
-        "metadata": dict(row.details),
-        "timestamp": row.at,
-    }
-    return (
-        insert(ACTIVITY)
-        .values(values)
-        .on_conflict_do_update(index_elements=["id"], set_={"metadata": values["metadata"]})
-    )
+_TASKS = TaskTable(
+    table=TASKS,
+    key=TASKS.c.id,
+    age=TASKS.c.updated_at,
+    company=TASKS.c.company_id,
+    indexed=False,
+    among=sa.and_(TASKS.c.status == "completed", ~TASKS.c.archived),
+    users=(TASKS.c.created_by_user_id,),
+    tasks=(TASKS.c.id,),
+    texts=(TASKS.c.title, TASKS.c.description),
+    archived=lambda _: {"archived": True},
+    back={"archived": False},
+    mark=sa.func.concat_ws("|", TASKS.c.updated_at, TASKS.c.status, TASKS.c.archived),
+)
 
 
 GUIDE = Layout(
     name="guide",
     companies=COMPANIES,
     logs={"activity_log": _ACTIVITY_LOG},
+    tasks=_TASKS,
+    subjects={
+        "company": Subject(key=COMPANIES.c.id, names=(COMPANIES.c.name,)),
+        "user": Subject(key=USERS.c.id, names=(USERS.c.email,)),
+        "task": Subject(key=TASKS.c.id, names=()),
+    },
     landmarks=(COMPANIES, TASKS, USERS, ACTIVITY),
-    record_activity=_record_activity,
+    record_activity=record_activity(ACTIVITY, details="metadata", at="timestamp"),
 )

@@ -5,27 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.dialects.postgresql import JSONB
 
-from worker.layouts.model import Activity, Keep, Layout, LogTable
+from worker.layouts import catalogue
+from worker.layouts.model import Keep, Layout, LogTable, Subject, record_activity
+from worker.layouts.paperclip.tables import (
+    COMPANIES,
+    EFFECTS,
+    ISSUES,
+    RUNS,
+    TERMINAL_ISSUE,
+    TERMINAL_RUN,
+    TIME,
+    catalogued,
+    run_of_task,
+    table,
+)
+from worker.layouts.paperclip.tasks import TASK_TABLE, TASKS
 
-_meta = sa.MetaData(schema="public")
-_TIME = sa.DateTime(timezone=True)
-
-TERMINAL_RUN = ("succeeded", "interrupted", "failed", "cancelled", "timed_out")
-TERMINAL_ISSUE = ("done", "cancelled")
 # §2.3: the families an auditor asks for long after the rest has gone.
 SECURITY_ACTIONS = ("auth.%", "secret.%", "company_member.%", "board_api_key.%", "company.%")
 
-
-def _table(name: str, **columns: Any) -> sa.Table:
-    return sa.Table(name, _meta, *(sa.Column(column, kind) for column, kind in columns.items()))
-
-
-COMPANIES = _table("companies", id=sa.Uuid)
-ISSUES = _table("issues", id=sa.Uuid, company_id=sa.Uuid, status=sa.Text, hidden_at=_TIME)
-RUNS = _table("heartbeat_runs", id=sa.Uuid, company_id=sa.Uuid, status=sa.Text)
-ACTIVITY = _table(
+ACTIVITY = table(
     "activity_log",
     id=sa.Uuid,
     company_id=sa.Uuid,
@@ -35,10 +36,12 @@ ACTIVITY = _table(
     entity_type=sa.Text,
     entity_id=sa.Text,
     run_id=sa.Uuid,
+    responsible_user_id=sa.Text,
     details=JSONB,
-    created_at=_TIME,
+    created_at=TIME,
 )
-EFFECTS = _table("decision_effect_executions", activity_log_id=sa.Uuid)
+_USERS = table("user", id=sa.Text, email=sa.Text)
+_NAMES = table("companies", wide=True, id=sa.Uuid, name=sa.Text)
 
 
 def _run_live(run: sa.Column[Any]) -> Keep:
@@ -76,17 +79,36 @@ def _cited() -> Keep:
     )
 
 
+def _named(of: sa.Table) -> dict[str, Any]:
+    """How rows of a log name and mention users and tasks: what a legal hold on one of them holds back."""
+    facts = catalogue.load("paperclip").tables[of.name].columns
+    by_class: dict[str, list[sa.Column[Any]]] = {}
+    for name in catalogued(of.name):
+        by_class.setdefault(facts[name].kind, []).append(of.c[name])
+    run = next((of.c[name] for name in ("run_id", "heartbeat_run_id") if name in of.c), None)
+    tasks = [of.c[name] for name in ("issue_id", "entity_id") if name in of.c]
+    return {
+        "users": tuple(by_class.get("personal", ())),
+        "tasks": tuple(tasks),
+        "texts": tuple(by_class.get("content", ())),
+        "of_tasks": None if run is None else lambda ids: run_of_task(run, list(ids)),
+    }
+
+
 def _log(name: str, *, key: Any = sa.Uuid, age: str = "created_at", company: bool = True, **more: Any) -> LogTable:
-    columns = {"id": key, age: _TIME} | ({"company_id": sa.Uuid} if company else {})
-    table = _table(name, **columns, **more.pop("columns", {}))
-    keeps = tuple(make(table) for make in more.pop("keeps", ()))
+    facts = catalogue.load("paperclip").tables[name].columns
+    links = {link: sa.Uuid for link in ("run_id", "heartbeat_run_id", "issue_id") if link in facts}
+    columns = catalogued(name) | links | {"id": key, age: TIME} | ({"company_id": sa.Uuid} if company else {})
+    found = table(name, **columns)
+    keeps = tuple(make(found) for make in more.pop("keeps", ()))
     return LogTable(
-        table=table,
-        key=table.c.id,
-        age=table.c[age],
-        company=table.c.company_id if company else None,
+        table=found,
+        key=found.c.id,
+        age=found.c[age],
+        company=found.c.company_id if company else None,
         indexed=more.pop("indexed", company),
         keeps=keeps,
+        **_named(found),
         **more,
     )
 
@@ -99,16 +121,12 @@ _ACTIVITY_LOG = LogTable(
     indexed=True,
     keeps=(_run_live(ACTIVITY.c.run_id), _issue_open(), _cited()),
     security=sa.or_(*(ACTIVITY.c.action.like(family) for family in SECURITY_ACTIONS)),
+    **_named(ACTIVITY),
 )
 
 _LOGS = (
     _ACTIVITY_LOG,
-    _log(
-        "heartbeat_run_events",
-        key=sa.BigInteger,
-        columns={"run_id": sa.Uuid},
-        keeps=(lambda table: _run_live(table.c.run_id),),
-    ),
+    _log("heartbeat_run_events", key=sa.BigInteger, keeps=(lambda table: _run_live(table.c.run_id),)),
     _log("secret_access_events"),
     _log("tool_call_events"),
     _log("tool_access_audit_events"),
@@ -120,31 +138,18 @@ _LOGS = (
     _log("tool_gateway_sessions", age="expires_at", record=False),
 )
 
-
-def _record_activity(row: Activity) -> sa.Insert:
-    values = {
-        "id": row.id,
-        "company_id": row.company,
-        "actor_type": "system",
-        "actor_id": "paperclip-worker",
-        "action": row.action,
-        "entity_type": "company",
-        "entity_id": str(row.company),
-        "details": dict(row.details),
-        "created_at": row.at,
-    }
-    # A resumed run settles again: its one row then says the final numbers.
-    return (
-        insert(ACTIVITY)
-        .values(values)
-        .on_conflict_do_update(index_elements=["id"], set_={"details": values["details"]})
-    )
-
-
 PAPERCLIP = Layout(
     name="paperclip",
     companies=COMPANIES,
     logs={log.name: log for log in _LOGS},
+    tasks=TASK_TABLE,
+    subjects={
+        "company": Subject(key=_NAMES.c.id, names=(_NAMES.c.name,)),
+        "user": Subject(key=_USERS.c.id, names=(_USERS.c.email,)),
+        "task": Subject(key=TASKS.c.id, names=(TASKS.c.identifier,)),
+    },
     landmarks=(COMPANIES, ISSUES, RUNS, ACTIVITY),
-    record_activity=_record_activity,
+    record_activity=record_activity(
+        ACTIVITY, details="details", at="created_at", entity_type="company", entity_id="company_id"
+    ),
 )

@@ -405,6 +405,29 @@ ALTER TABLE decision_effect_executions
   ALTER status SET DEFAULT 'claimed', ADD FOREIGN KEY (activity_log_id) REFERENCES activity_log ON DELETE SET NULL,
   ADD FOREIGN KEY (decision_id) REFERENCES decisions ON DELETE CASCADE,
   ADD FOREIGN KEY (target_issue_id) REFERENCES issues;
+CREATE INDEX issue_thread_interactions_company_issue_status_idx
+  ON issue_thread_interactions (company_id, issue_id, status);
+ALTER TABLE issue_thread_interactions
+  ALTER continuation_policy SET DEFAULT 'wake_assignee', ALTER requested_resolver_policy SET DEFAULT 'board_or_agents',
+  ALTER effective_resolver_policy SET DEFAULT 'board_or_agents',
+  ALTER resolver_policy_provenance SET DEFAULT 'requested',
+  ALTER effective_resolver_policy_source SET DEFAULT 'requested', ALTER origin_comment_ids SET DEFAULT '[]',
+  ADD FOREIGN KEY (company_id) REFERENCES companies, ADD FOREIGN KEY (issue_id) REFERENCES issues ON DELETE CASCADE;
+ALTER TABLE approvals
+  ALTER status SET DEFAULT 'pending', ADD FOREIGN KEY (company_id) REFERENCES companies;
+ALTER TABLE issue_approvals
+  ADD FOREIGN KEY (company_id) REFERENCES companies, ADD FOREIGN KEY (issue_id) REFERENCES issues ON DELETE CASCADE,
+  ADD FOREIGN KEY (approval_id) REFERENCES approvals ON DELETE CASCADE;
+CREATE INDEX issue_approvals_issue_idx ON issue_approvals (issue_id);
+ALTER TABLE issue_tree_holds
+  ALTER status SET DEFAULT 'active', ALTER created_by_actor_type SET DEFAULT 'system',
+  ADD FOREIGN KEY (company_id) REFERENCES companies, ADD FOREIGN KEY (root_issue_id) REFERENCES issues ON DELETE CASCADE;
+CREATE INDEX issue_tree_holds_company_root_status_idx ON issue_tree_holds (company_id, root_issue_id, status);
+CREATE INDEX issue_recovery_actions_company_source_status_idx
+  ON issue_recovery_actions (company_id, source_issue_id, status);
+CREATE INDEX issue_recovery_actions_company_recovery_issue_idx
+  ON issue_recovery_actions (company_id, recovery_issue_id);
+CREATE INDEX tool_action_requests_issue_idx ON tool_action_requests (company_id, issue_id);
 CREATE UNIQUE INDEX decision_effect_executions_decision_effect_uq
   ON decision_effect_executions (decision_id, effect_index);
 CREATE INDEX decision_effect_executions_target_issue_idx ON decision_effect_executions (target_issue_id);
@@ -663,6 +686,36 @@ FROM demo.company, LATERAL (
   SELECT row_number() OVER () AS j, id, issue, created_at
   FROM (SELECT id, entity_id::uuid AS issue, created_at FROM activity_log
         WHERE company_id = company.id AND entity_type = 'issue' ORDER BY created_at, id LIMIT 5) AS oldest) AS cited;
+
+-- Ended tasks that the app still counts on: one of each company is cancelled and blocks an open one, waits for an
+-- answer, waits for an approval, and is held with its tree.
+CREATE VIEW demo.ended AS
+SELECT company.n, company.id AS company, ranked.id, ranked.rank
+FROM demo.company, LATERAL (
+  SELECT issues.id, row_number() OVER (ORDER BY created_at, issues.id) AS rank FROM issues
+  WHERE company_id = company.id AND status IN ('done', 'cancelled') AND hidden_at IS NULL
+    AND NOT EXISTS (SELECT FROM decisions WHERE origin_issue_id = issues.id)) AS ranked
+WHERE ranked.rank <= 9;
+
+UPDATE issues SET status = 'cancelled', cancelled_at = coalesce(cancelled_at, completed_at), completed_at = NULL
+FROM demo.ended WHERE ended.id = issues.id AND rank = 1;
+INSERT INTO issue_relations (id, company_id, issue_id, related_issue_id, type, created_at, updated_at)
+SELECT demo.id('relation', n), company, ended.id, opened.id, 'blocks', start, start
+FROM demo.ask, demo.ended, LATERAL (SELECT issues.id FROM issues WHERE company_id = company
+  AND status NOT IN ('done', 'cancelled') ORDER BY created_at, issues.id LIMIT 1) AS opened
+WHERE rank = 1;
+INSERT INTO issue_thread_interactions (id, company_id, issue_id, kind, status, payload, created_at, updated_at)
+SELECT demo.id('interaction', n), company, ended.id, 'request_confirmation', 'pending', '{}', start, start
+FROM demo.ask, demo.ended WHERE rank = 2;
+INSERT INTO approvals (id, company_id, type, status, payload, created_at, updated_at)
+SELECT demo.id('approval', n), company, 'request_board_approval', 'revision_requested', '{}', start, start
+FROM demo.ask, demo.ended WHERE rank = 3;
+INSERT INTO issue_approvals (company_id, issue_id, approval_id, created_at)
+SELECT company, ended.id, demo.id('approval', n), start FROM demo.ask, demo.ended WHERE rank = 3;
+INSERT INTO issue_tree_holds (id, company_id, root_issue_id, mode, status, created_at, updated_at)
+SELECT demo.id('hold', n), company, ended.id, 'pause', 'active', start, start
+FROM demo.ask, demo.ended WHERE rank = 4;
+UPDATE issues SET origin_kind = 'onboarding_first_task' FROM demo.ended WHERE ended.id = issues.id AND rank = 5;
 
 ANALYZE companies, "user", session, agents, issues, issue_comments, heartbeat_runs, heartbeat_run_events,
         activity_log, secret_access_events, plugin_logs, tool_call_events, tool_access_audit_events,

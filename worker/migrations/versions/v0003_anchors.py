@@ -3,8 +3,7 @@
 from alembic import op
 
 revision = "0003"
-# The one place to change when 0002 is there.
-down_revision = "0001"
+down_revision = "0002"
 
 
 def upgrade() -> None:

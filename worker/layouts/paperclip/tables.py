@@ -1,0 +1,48 @@
+"""Tables of the released schema that more than one part of the layout speaks of, with just the columns needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+
+from worker.layouts import catalogue
+
+_meta, _wide = sa.MetaData(schema="public"), sa.MetaData(schema="public")
+TIME = sa.DateTime(timezone=True)
+
+TERMINAL_RUN = ("succeeded", "interrupted", "failed", "cancelled", "timed_out")
+TERMINAL_ISSUE = ("done", "cancelled")
+
+
+def table(name: str, /, *, wide: bool = False, **columns: Any) -> sa.Table:
+    """A table with these columns; `wide` where another, narrower one of the name is there for guards."""
+    found = (sa.Column(column, kind) for column, kind in columns.items())
+    return sa.Table(name, _wide if wide else _meta, *found)
+
+
+def catalogued(name: str, *kinds: str) -> dict[str, Any]:
+    """The columns of a table that the catalogue classes as personal or content: what a legal hold looks into."""
+    wanted = kinds or (catalogue.ColumnClass.PERSONAL, catalogue.ColumnClass.CONTENT)
+    columns = catalogue.load("paperclip").tables[name].columns
+    return {column: sa.types.NullType for column, fact in columns.items() if fact.kind in wanted}
+
+
+COMPANIES = table("companies", id=sa.Uuid)
+ISSUES = table("issues", id=sa.Uuid, company_id=sa.Uuid, status=sa.Text, hidden_at=TIME)
+RUNS = table(
+    "heartbeat_runs",
+    id=sa.Uuid,
+    company_id=sa.Uuid,
+    status=sa.Text,
+    native_issue_id=sa.Uuid,
+    context_snapshot=JSONB,
+)
+EFFECTS = table("decision_effect_executions", activity_log_id=sa.Uuid)
+
+
+def run_of_task(run: sa.ColumnElement[Any], ids: list[str]) -> sa.ColumnElement[bool]:
+    """Whether a row's run worked on one of these tasks."""
+    of = sa.or_(RUNS.c.context_snapshot["issueId"].astext.in_(ids), sa.cast(RUNS.c.native_issue_id, sa.Text).in_(ids))
+    return sa.and_(run.is_not(None), run.in_(sa.select(RUNS.c.id).where(of)))

@@ -1,0 +1,194 @@
+"""Tasks (`issues`) of the released schema: which may be put out of sight, and which the app still counts on.
+
+Facts: reference/paperclip-schema.md §3. A status that this release does not know counts as one that is not over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from worker.layouts.model import Keep, TaskTable
+from worker.layouts.paperclip.tables import (
+    RUNS,
+    TERMINAL_ISSUE,
+    TERMINAL_RUN,
+    catalogued,
+    table,
+)
+
+_UUID = sa.Uuid
+_ended = ("completed_at", "cancelled_at", "updated_at", "hidden_at")
+TASKS = table(
+    "issues",
+    wide=True,
+    id=_UUID,
+    company_id=_UUID,
+    identifier=sa.Text,
+    status=sa.Text,
+    status_version=sa.BigInteger,
+    **{name: sa.DateTime(timezone=True) for name in _ended},
+    parent_id=_UUID,
+    checkout_run_id=_UUID,
+    execution_run_id=_UUID,
+    conversation_agent_id=_UUID,
+    harness_kind=sa.Text,
+    origin_kind=sa.Text,
+    **catalogued("issues"),
+)
+_RELATIONS = table("issue_relations", company_id=_UUID, issue_id=_UUID, related_issue_id=_UUID, type=sa.Text)
+_INTERACTIONS = table("issue_thread_interactions", company_id=_UUID, issue_id=_UUID, status=sa.Text)
+_LINKS = table("issue_approvals", company_id=_UUID, issue_id=_UUID, approval_id=_UUID)
+_APPROVALS = table("approvals", id=_UUID, status=sa.Text)
+_DECISIONS = table("decisions", company_id=_UUID, origin_issue_id=_UUID, status=sa.Text)
+_TOOL_ACTIONS = table("tool_action_requests", company_id=_UUID, issue_id=_UUID, status=sa.Text)
+_HOLDS = table("issue_tree_holds", company_id=_UUID, root_issue_id=_UUID, status=sa.Text)
+_RECOVERY = table(
+    "issue_recovery_actions", company_id=_UUID, source_issue_id=_UUID, recovery_issue_id=_UUID, status=sa.Text
+)
+
+
+def _of_task(other: sa.Table, column: str, over: Sequence[str]) -> sa.Exists:
+    """Whether a row of another table points at the task and is not over."""
+    return sa.exists(other.c.company_id).where(
+        other.c.company_id == TASKS.c.company_id, other.c[column] == TASKS.c.id, other.c.status.not_in(over)
+    )
+
+
+def _run_live() -> Keep:
+    locks = sa.exists(RUNS.c.id).where(
+        sa.or_(RUNS.c.id == TASKS.c.checkout_run_id, RUNS.c.id == TASKS.c.execution_run_id),
+        RUNS.c.status.not_in(TERMINAL_RUN),
+    )
+    # By heartbeat_runs_company_ctx_issue_created_idx.
+    works = sa.exists(RUNS.c.id).where(
+        RUNS.c.company_id == TASKS.c.company_id,
+        RUNS.c.context_snapshot["issueId"].astext == sa.cast(TASKS.c.id, sa.Text),
+        RUNS.c.status.not_in(TERMINAL_RUN),
+    )
+    return Keep(
+        reason="run_live",
+        why="a run that has not ended works on the task or holds it",
+        rows=sa.or_(locks, works),
+        reads=(RUNS,),
+    )
+
+
+def _open_below() -> Keep:
+    # By issues_company_parent_idx. A union without ALL, so that a circle of parents comes to an end.
+    child, below = TASKS.alias("child"), TASKS.alias("below")
+    columns = ("id", "company_id", "status", "hidden_at")
+    tree = (
+        sa.select(*(child.c[name] for name in columns))
+        .where(child.c.company_id == TASKS.c.company_id, child.c.parent_id == TASKS.c.id)
+        .correlate(TASKS)
+        .cte("tree", recursive=True, nesting=True)
+    )
+    tree = tree.union(
+        sa.select(*(below.c[name] for name in columns)).where(
+            below.c.company_id == tree.c.company_id, below.c.parent_id == tree.c.id
+        )
+    )
+    return Keep(
+        reason="open_below",
+        why="a task below it is open and visible, and would drop out of sight with it",
+        rows=sa.exists(tree.c.id).where(tree.c.status.not_in(TERMINAL_ISSUE), tree.c.hidden_at.is_(None)),
+        reads=(TASKS,),
+    )
+
+
+def _blocks_open() -> Keep:
+    blocked = TASKS.alias("blocked")
+    return Keep(
+        reason="blocks_open",
+        why="it was cancelled and still blocks an open task, which nobody could see the reason of",
+        rows=sa.and_(
+            TASKS.c.status != "done",
+            sa.exists(_RELATIONS.c.issue_id).where(
+                _RELATIONS.c.company_id == TASKS.c.company_id,
+                _RELATIONS.c.issue_id == TASKS.c.id,
+                _RELATIONS.c.type == "blocks",
+                blocked.c.id == _RELATIONS.c.related_issue_id,
+                blocked.c.status.not_in(TERMINAL_ISSUE),
+            ),
+        ),
+        reads=(_RELATIONS, TASKS),
+    )
+
+
+def _answer_pending() -> Keep:
+    approval = sa.exists(_LINKS.c.issue_id).where(
+        _LINKS.c.issue_id == TASKS.c.id,
+        _LINKS.c.company_id == TASKS.c.company_id,
+        _APPROVALS.c.id == _LINKS.c.approval_id,
+        _APPROVALS.c.status.not_in(("approved", "rejected", "cancelled")),
+    )
+    interaction = ("accepted", "rejected", "answered", "cancelled", "expired", "failed")
+    action = ("rejected", "expired", "cancelled", "executed", "failed")
+    decision = sa.exists(_DECISIONS.c.company_id).where(
+        _DECISIONS.c.origin_issue_id == TASKS.c.id,
+        _DECISIONS.c.company_id == TASKS.c.company_id,
+        _DECISIONS.c.status == "open",
+    )
+    return Keep(
+        reason="answer_pending",
+        why="a question, approval, decision or tool request on it waits for an answer",
+        rows=sa.or_(
+            _of_task(_INTERACTIONS, "issue_id", interaction),
+            approval,
+            decision,
+            _of_task(_TOOL_ACTIONS, "issue_id", action),
+        ),
+        reads=(_INTERACTIONS, _LINKS, _APPROVALS, _DECISIONS, _TOOL_ACTIONS),
+    )
+
+
+def _recovering() -> Keep:
+    over = ("resolved", "cancelled")
+    return Keep(
+        reason="recovering",
+        why="the app holds its tree or repairs it",
+        rows=sa.or_(
+            _of_task(_HOLDS, "root_issue_id", ("released",)),
+            _of_task(_RECOVERY, "source_issue_id", over),
+            _of_task(_RECOVERY, "recovery_issue_id", over),
+        ),
+        reads=(_HOLDS, _RECOVERY),
+    )
+
+
+def _managed() -> Keep:
+    return Keep(
+        reason="managed",
+        why="a conversation, an onboarding task or a harness task, which the app shows and hides by itself",
+        rows=sa.or_(
+            TASKS.c.conversation_agent_id.is_not(None),
+            TASKS.c.harness_kind.is_not(None),
+            TASKS.c.origin_kind == "onboarding_first_task",
+        ),
+    )
+
+
+def _named(kind: str) -> tuple[Any, ...]:
+    return tuple(TASKS.c[name] for name in catalogued("issues", kind))
+
+
+TASK_TABLE = TaskTable(
+    table=TASKS,
+    key=TASKS.c.id,
+    # updated_at moves with every comment, so it counts only where neither end is noted.
+    age=sa.func.coalesce(TASKS.c.completed_at, TASKS.c.cancelled_at, TASKS.c.updated_at),
+    company=TASKS.c.company_id,
+    indexed=False,
+    among=sa.and_(TASKS.c.status.in_(TERMINAL_ISSUE), TASKS.c.hidden_at.is_(None)),
+    keeps=(_run_live(), _open_below(), _blocks_open(), _answer_pending(), _recovering(), _managed()),
+    users=_named("personal"),
+    tasks=(TASKS.c.id,),
+    texts=_named("content"),
+    # Neither updated_at nor status is set: the app compares and sorts by the one, a trigger counts the other.
+    archived=lambda now: {"hidden_at": now},
+    back={"hidden_at": None},
+    mark=sa.func.concat_ws("|", TASKS.c.updated_at, TASKS.c.status, TASKS.c.status_version, TASKS.c.hidden_at),
+)

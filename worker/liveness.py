@@ -1,0 +1,79 @@
+"""Whether workers and beat are alive, as far as the broker knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from celery import Celery
+from celery.utils.nodenames import default_nodename, host_format
+from kombu import Connection
+from kombu.exceptions import OperationalError
+from redbeat.schedulers import RedBeatConfig  # type: ignore[import-untyped]
+from redis.exceptions import RedisError
+
+from worker.errors import WorkerError
+
+if TYPE_CHECKING:
+    from kombu.transport.redis import Channel
+
+    from worker.config import Settings
+
+BEAT_PREFIX = "paperclip-worker:beat:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alive:
+    """Who answered: the workers' node names, and whether a beat holds the lock (asked for beat only)."""
+
+    workers: tuple[str, ...] = ()
+    beat: bool = False
+
+
+def ask(settings: Settings, *, timeout: float, beat: bool = False, here: bool = False) -> Alive:
+    """Who is alive within so many seconds: the beat at work, this host's worker, or all workers.
+
+    Raises WorkerError when the broker does not answer.
+    """
+    # Not `app.make`: a health check that runs every minute need not load the jobs, the database and the store.
+    celery = Celery(broker=settings.broker(), set_as_current=False)
+    celery.conf.update(redbeat_redis_url=settings.broker(), redbeat_key_prefix=BEAT_PREFIX)
+    try:
+        with _broker(celery, timeout) as connection:
+            if beat:
+                # redbeat's name for the lock that its one working beat extends at each tick
+                lock = RedBeatConfig(celery).lock_key
+                channel = cast("Channel", connection.default_channel)
+                return Alive(beat=bool(channel.client.exists(lock)))
+            only = [_node()] if here else None
+            replies = celery.control.ping(destination=only, timeout=timeout, connection=connection)
+            return Alive(workers=tuple(sorted(name for reply in replies or () for name in reply)))
+    finally:
+        celery.close()
+
+
+def silence(*, beat: bool = False, here: bool = False) -> str:
+    """What it means that nobody answered, as a sentence."""
+    if beat:
+        return "no beat is at work on this broker"
+    return f"the worker {_node()} does not answer" if here else "no worker answers on this broker"
+
+
+def _node() -> str:
+    """The name that a worker of this host gives itself."""
+    return str(host_format(default_nodename("")))
+
+
+@contextmanager
+def _broker(celery: Celery, timeout: float) -> Iterator[Connection]:
+    """A connection that gives up when the broker is silent for so long."""
+    bounds = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+    try:
+        with celery.connection_for_write(connect_timeout=timeout, transport_options=bounds) as connection:
+            connection.ensure_connection(max_retries=1, timeout=math.ceil(timeout))
+            yield connection
+    except (OSError, OperationalError, RedisError) as error:
+        raise WorkerError("PAPERCLIP_WORKER_BROKER_URL: the broker does not answer") from error

@@ -1,0 +1,139 @@
+"""What operators do to the rules: legal holds and retention policies, each with a look at what it would change.
+
+Whatever lets more rows go (a hold released, a policy made shorter or taken back) is shown row for row before it is
+done: the next runs planned as the rules are, and as they would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from worker import holds, layouts, ledger, registry, retention
+from worker.errors import Refused
+from worker.holds import Hold
+from worker.means import Rules
+from worker.params import duration_text
+from worker.retention import Policy
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from worker.job import Job
+    from worker.layouts.model import Layout
+    from worker.operations import Operations
+
+Doomed = list[dict[str, Any]]
+
+
+def newly_doomed(deployment: Operations, jobs: Iterable[Job], rules: Rules) -> Doomed:
+    """Rows that the next runs of these jobs would change under `rules` only, per table and company."""
+    found: Doomed = []
+    for job in jobs:
+        before, after = deployment.plan(job).tally.done, deployment.plan(job, rules=rules).tally.done
+        for (table, company), amount in sorted(after.items(), key=lambda item: (item[0][0], item[0][1] or "")):
+            had = before.get((table, company))
+            if (more := amount.rows - (had.rows if had else 0)) > 0:
+                found.append({"job": job.name, "table": table, "company": company, "rows": more})
+    return found
+
+
+def add_hold(
+    deployment: Operations, *, kind: str, name: str, reason: str, actor: str, until: datetime | None
+) -> Hold:
+    """Put a hold on a company, user, task or table. In force for every bite that commits after this returns."""
+    _require_reason(reason)
+    if until is not None and until <= datetime.now(UTC):
+        raise Refused(f"--until: {until.isoformat()} is past")
+    with deployment.transaction(first=holds.EXCLUSIVE) as connection:
+        layout = _ready(connection)
+        target = layout.records(name).name if kind == "table" else holds.resolve(connection, layout, kind, name)
+        return holds.add(connection, kind=kind, target=target, reason=reason, actor=actor, until=until)
+
+
+def look_at_release(deployment: Operations, name: str, jobs: Iterable[Job]) -> tuple[Hold, Doomed]:
+    """A hold by the start of its id, and what the next runs take once it is released."""
+    with deployment.transaction(read_only=True) as connection:
+        ledger.require(connection)
+        hold = holds.find(connection, name)
+    return hold, newly_doomed(deployment, jobs, Rules(holds=lambda found: found.without(hold.id)))
+
+
+def release_hold(deployment: Operations, hold: Hold, *, reason: str, actor: str) -> None:
+    """Release a hold; its row stays as evidence."""
+    _require_reason(reason)
+    with deployment.transaction() as connection:
+        holds.release(connection, holds.find(connection, str(hold.id)).id, actor=actor, reason=reason)
+
+
+def job_of(layout: Layout, table: str) -> Job:
+    """The job that keeps the retention of a table. Refused, with the reason, when no job may."""
+    found = (job.retaining(layout, table) for job in registry.jobs().values())
+    if (job := next((one for one in found if one is not None), None)) is None:
+        layout.records(table)
+        raise Refused(f"--table: no job keeps the retention of {table}")
+    return job
+
+
+def look_at_policy(
+    deployment: Operations, *, table: str, company: str | None, keep: timedelta | None
+) -> tuple[UUID | None, Doomed]:
+    """The company meant, and the rows that a policy (None: taken back) would newly doom. Refused as `set_policy`."""
+    with deployment.transaction(read_only=True) as connection:
+        layout = _ready(connection)
+        job = job_of(layout, table)
+        whose = _company(connection, layout, table, company)
+        versions = retention.versions(connection, table=table)
+    _check(deployment, versions, whose, keep)
+
+    def changed(found: list[Policy]) -> list[Policy]:
+        # As of the beginning of time, so that a plan made a moment ago heeds it; the one it replaces is left out.
+        others = [one for one in found if (one.table, one.company) != (table, whose)]
+        if keep is None:
+            return others
+        always = datetime.min.replace(tzinfo=UTC)
+        mine = Policy(table=table, company=whose, version=1, keep=keep, reason="", actor="", created_at=always)
+        return [*others, mine]
+
+    return whose, newly_doomed(deployment, [job], Rules(policies=changed))
+
+
+def set_policy(
+    deployment: Operations, *, table: str, company: UUID | None, keep: timedelta | None, reason: str, actor: str
+) -> Policy:
+    """Enter a policy's next version; `keep` None takes the policy back.
+
+    Refused under the floor, over the ceiling, and when there is nothing to take back.
+    """
+    _require_reason(reason)
+    with deployment.transaction(first=holds.EXCLUSIVE) as connection:
+        ledger.require(connection)
+        _check(deployment, retention.versions(connection, table=table), company, keep)
+        return retention.add(connection, table=table, company=company, keep=keep, reason=reason, actor=actor)
+
+
+def _check(deployment: Operations, versions: list[Policy], company: UUID | None, keep: timedelta | None) -> None:
+    if keep is not None:
+        retention.require_within(keep, deployment.settings, what=f"--keep {duration_text(keep)}")
+    elif company not in retention.newest(versions):
+        raise Refused("there is no such policy to remove; see `policy list`")
+
+
+def _company(connection: sa.Connection, layout: Layout, table: str, name: str | None) -> UUID | None:
+    if name is None:
+        return None
+    if layout.records(table).company is None:
+        raise Refused(f"--company: the rows of {table} belong to no company")
+    return UUID(holds.resolve(connection, layout, "company", name))
+
+
+def _ready(connection: sa.Connection) -> Layout:
+    ledger.require(connection)
+    return layouts.detect(connection)
+
+
+def _require_reason(reason: str) -> None:
+    if not reason.strip():
+        raise Refused("--reason is empty; say why, it is kept as evidence")

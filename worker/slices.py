@@ -1,0 +1,106 @@
+"""A run's rows laid out as shards, by the cheaper of two access paths measured in performance.md.
+
+Block (TID) ranges where much goes, (company, age) index order where little does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from worker.job import Shard, Target
+from worker.rowset import CTID, WINDOW_BLOCKS, RowSet, tid
+
+SHARD_ROWS = 100_000
+MOST_SHARDS = 16
+# Reading a table of this many blocks (512 MB) costs less than the random reads of index order.
+SMALL_TABLE_BLOCKS = 65_536
+# Above this share of expired rows one read of a larger table pays for itself.
+LARGE_SHARE = 0.04
+
+
+def shards(
+    rows: RowSet, connection: sa.Connection, targets: Sequence[Target], *, archive: bool = False
+) -> Iterator[Shard]:
+    """Slices that together hold every eligible row.
+
+    `archive`: rows are copied out as well, so a batch should hold rows of one company where an index allows it.
+    """
+    targets = [one for one in targets if one.rows]
+    if not targets:
+        return iter(())
+    if _by_blocks(rows, connection, targets, archive=archive):
+        return _block_shards(rows, connection)
+    return _company_shards(rows, connection, targets)
+
+
+def _by_blocks(rows: RowSet, connection: sa.Connection, targets: Sequence[Target], *, archive: bool) -> bool:
+    if not rows.what.indexed or any(one.company is None for one in targets):
+        return True
+    if archive:
+        # One object a bite, of one company, instead of one for each company whose rows share the blocks.
+        return False
+    blocks, tuples = _extent(rows, connection)
+    return blocks <= SMALL_TABLE_BLOCKS or sum(one.rows for one in targets) >= LARGE_SHARE * tuples
+
+
+def _extent(rows: RowSet, connection: sa.Connection) -> tuple[int, float]:
+    """The table's blocks now, and its rows as the planner estimates them."""
+    quote = postgresql.dialect().identifier_preparer.format_table  # type: ignore[no-untyped-call]
+    name = sa.cast(sa.literal(quote(rows.what.table)), postgresql.REGCLASS)
+    blocks = sa.func.pg_relation_size(name) / sa.func.current_setting("block_size").cast(sa.BigInteger)
+    tuples = (
+        sa.select(sa.column("reltuples"))
+        .select_from(sa.table("pg_class", schema="pg_catalog"))
+        .where(sa.column("oid") == name)
+        .scalar_subquery()
+    )
+    row = connection.execute(sa.select(blocks, tuples)).one()
+    return int(row[0]), max(float(row[1]), 0.0)
+
+
+def _block_shards(rows: RowSet, connection: sa.Connection) -> Iterator[Shard]:
+    # Where old rows are is enough here: what a keep holds back is few, and asking would cost a second plan.
+    blocks, _ = _extent(rows, connection)
+    first = sa.func.generate_series(0, max(blocks - 1, 0), WINDOW_BLOCKS).column_valued("first")
+    inside = (
+        sa.select(sa.func.count())
+        .select_from(rows.what.table)
+        .where(tid(first) <= CTID, tid(first + WINDOW_BLOCKS) > CTID, rows.old)
+        .scalar_subquery()
+    )
+    counted = connection.execute(sa.select(first, inside))
+    windows = sorted((int(block), int(found)) for block, found in counted if found)
+    total = sum(found for _, found in windows)
+    number = min(MOST_SHARDS, max(1, total // SHARD_ROWS))
+    share, held, rows_held = -(-total // number), list[list[int]](), 0
+    for block, found in windows:
+        held.append([block, found])
+        rows_held += found
+        if rows_held >= share:
+            yield _block_shard(held, rows_held)
+            held, rows_held = [], 0
+    if held:
+        yield _block_shard(held, rows_held)
+
+
+def _block_shard(windows: list[list[int]], rows: int) -> Shard:
+    return Shard(key=f"blocks:{windows[0][0]}", rows=rows, spec={"blocks": windows})
+
+
+def _company_shards(rows: RowSet, connection: sa.Connection, targets: Sequence[Target]) -> Iterator[Shard]:
+    for target in targets:
+        whose = rows.company == sa.literal(target.company, sa.Uuid(as_uuid=False))
+        oldest = connection.execute(sa.select(sa.func.min(rows.what.age)).where(whose, rows.old)).scalar_one()
+        cutoff = rows.cutoffs.of(target.company)
+        number = min(MOST_SHARDS, max(1, target.rows // SHARD_ROWS))
+        step = (cutoff - oldest) / number
+        for part in range(number):
+            spec = {
+                "company": target.company,
+                "from": (oldest + step * part).isoformat(),
+                "to": cutoff.isoformat() if part == number - 1 else (oldest + step * (part + 1)).isoformat(),
+            }
+            yield Shard(key=f"{target.company}:{part}", rows=target.rows // number, spec=spec)

@@ -1,0 +1,145 @@
+"""Ended tasks as a set: put out of sight by statements, each noted in the ledger, and brought back by that note.
+
+A note says how the app had the task right after it was archived. A task that differs from it later was changed by
+somebody, and is theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from worker import ledger
+from worker.errors import Refused, UnderWay
+from worker.job import Batch, Left, Tally
+from worker.layouts.model import Keep
+from worker.ledger import SCHEMA
+from worker.retention import Cutoffs
+from worker.rowset import RowSet, totals
+from worker.states import ACTIVE, State
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from worker.means import Means
+
+NOTES = sa.Table(
+    "archived_tasks",
+    sa.MetaData(schema=SCHEMA),
+    *(sa.Column(name, sa.Uuid) for name in ("run_id", "task", "company", "undone_by")),
+    sa.Column("mark", sa.Text),
+)
+# Every task is older than this: what a run archived comes back whatever its age.
+_ANY_AGE = Cutoffs(default=datetime(9999, 1, 1, tzinfo=UTC))
+
+
+class TaskSets:
+    """What a step can do with the tasks' table."""
+
+    def __init__(self, means: Means) -> None:
+        self._means = means
+        self._connection = means.connection
+        self._tasks = means.layout.tasks
+
+    def archive(self, rows: RowSet, batch: Batch) -> Tally:
+        """Archive a batch's tasks and note each, in one statement."""
+        done = self._changed(rows, batch, self._tasks.archived(self._means.now))
+        run = sa.literal(self._means.run, sa.Uuid())
+        values = sa.select(run, done.c.task, sa.cast(done.c.company, sa.Uuid), done.c.mark)
+        note = sa.insert(NOTES).from_select(["run_id", "task", "company", "mark"], values).cte("note")
+        return totals(self._connection, self._tasks.name, done, note)
+
+    def bring_back(self, rows: RowSet, batch: Batch, *, of: UUID) -> Tally:
+        """Bring a batch's tasks back as they were before run `of`, and note by which run."""
+        done = self._changed(rows, batch, self._tasks.back)
+        note = (
+            sa.update(NOTES)
+            .where(NOTES.c.run_id == of, NOTES.c.task.in_(sa.select(done.c.task)))
+            .values(undone_by=self._means.run)
+            .cte("note")
+        )
+        return totals(self._connection, self._tasks.name, done, note)
+
+    def _changed(self, rows: RowSet, batch: Batch, values: Mapping[str, Any]) -> sa.CTE:
+        # Sizes are those before: RETURNING has the new row, which may be a time stamp longer.
+        before = (
+            sa.select(self._tasks.key.label("key"), rows.size.label("size"))
+            .select_from(rows.what.table)
+            .where(rows.rows(batch))
+            .subquery("before")
+        )
+        found = (self._tasks.key.label("task"), rows.whose.label("company"), before.c.size.label("size"))
+        return (
+            sa.update(self._tasks.table)
+            .where(before.c.key == self._tasks.key)
+            .values(dict(values))
+            .returning(*found, self._tasks.mark.label("mark"))
+            .cte("done")
+        )
+
+    def archived_by(self, run: UUID, companies: tuple[UUID, ...]) -> RowSet:
+        """The tasks that a run archived and nobody has brought back, but for those changed since."""
+        of_task = sa.and_(NOTES.c.run_id == run, NOTES.c.task == self._tasks.key)
+        note = sa.exists(NOTES.c.task).where(of_task, NOTES.c.undone_by.is_(None))
+        changed = Keep(
+            reason="changed",
+            why="somebody has changed the task since it was archived",
+            rows=sa.exists(NOTES.c.task).where(of_task, NOTES.c.mark != self._tasks.mark),
+        )
+        what = replace(self._tasks, among=note, keeps=())
+        return RowSet(what=what, cutoffs=_ANY_AGE, companies=companies, keeps=(changed,))
+
+    def gone(self, run: UUID, companies: tuple[UUID, ...]) -> list[Left]:
+        """Tasks that a run archived and the app has deleted since, per company."""
+        there = sa.exists(self._tasks.key).where(self._tasks.key == NOTES.c.task)
+        query = (
+            sa.select(NOTES.c.company, sa.func.count())
+            .where(NOTES.c.run_id == run, NOTES.c.undone_by.is_(None), ~there)
+            .group_by(NOTES.c.company)
+        )
+        rows = self._connection.execute(query.where(NOTES.c.company.in_(companies)) if companies else query)
+        name = self._tasks.name
+        return [Left(table=name, company=str(whose), reason="gone", rows=number) for whose, number in rows]
+
+    def held_after_all(self, rows: RowSet) -> dict[str, int]:
+        """Per company the tasks this run archived although a guard holds them back now.
+
+        The app opened something below them, or began to work on them, while they were being archived.
+        """
+        run, keeps = self._means.run, self._tasks.keeps
+        if run is None or not keeps:
+            return {}
+        query = (
+            sa.select(rows.whose.label("company"), sa.func.count().label("number"))
+            .select_from(self._tasks.table)
+            .where(self.archived_by(run, rows.companies).eligible, sa.or_(*(keep.rows for keep in keeps)))
+            .group_by(rows.whose)
+        )
+        return {row.company: row.number for row in self._connection.execute(query)}
+
+    def require_undoable(self, run: UUID, *, job: str) -> None:
+        """Refused when a run is not one of `job`, archived nothing, or was undone already."""
+        found = ledger.get(self._connection, run)
+        if found is None or found.job != job:
+            raise Refused(f"--undo: run {run} is not a run of {job}")
+        if (of := found.params.get("undo")) is not None:
+            raise Refused(f"--undo: run {run} itself undid run {of}; to archive the tasks again, run {job}")
+        if found.state in ACTIVE:
+            raise UnderWay(f"--undo: run {run} is under way ({found.state}); stop it first")
+        undone = self._undone_by(run)
+        if undone is not None:
+            raise Refused(f"--undo: run {run} was undone already, by run {undone}")
+        if self._connection.scalar(sa.select(NOTES.c.task).where(NOTES.c.run_id == run).limit(1)) is None:
+            raise Refused(f"--undo: run {run} archived nothing")
+
+    def _undone_by(self, run: UUID) -> UUID | None:
+        """The other run that kept the promise to undo this one, if there is one."""
+        runs = ledger.RUNS.c
+        query = sa.select(runs.id).where(runs.params["undo"].astext == str(run), runs.state == State.KEPT).limit(1)
+        found: UUID | None = self._connection.scalar(query)
+        return found
