@@ -91,13 +91,15 @@ class Site:
             log.warning("backlog not measured", entry=name, error=str(error))
 
     def rescue(self) -> None:
-        """Send work for runs that nothing has moved for a while, and retire those that never move."""
+        """Send work for runs that nothing has moved for a while, retire those that never do, and anchor receipts."""
         for run in self.operations.stalled():
             if run.rescues >= MOST_RESCUES:
                 self.runner.give_up(run.id, f"stalled and taken up again {run.rescues} times without an end")
             else:
                 log.warning("run taken up again", run=str(run.id), rescues=run.rescues + 1)
                 self.enqueue(run.id)
+        # Last: a store that hangs must not keep runs waiting.
+        self.runner.anchor()
 
 
 def make(settings: Settings, times: Timetable | None = None) -> Celery:

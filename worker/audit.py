@@ -216,17 +216,24 @@ def _flaws_of(receipt: Receipt, before: tuple[int, str], keys: Mapping[str, Ed25
         found.append("the body was changed: it does not have its hash")
     try:
         body = json.loads(receipt.body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return [*found, "the body is not JSON"]
+    if not isinstance(body, dict):
+        return [*found, "the body is not a JSON object"]
     if body.get("seq") != receipt.seq or body.get("run") != str(receipt.run_id):
         found.append("the body belongs to another place in the chain")
     if receipt.seq == before[0] + 1 and body.get("prev") != before[1]:
         found.append("it does not follow the receipt before it")
-    key = keys.get(receipt.signer)
+    return [*found, *signature_flaws(receipt.hash, receipt.signer, receipt.signature, keys)]
+
+
+def signature_flaws(digest: str, signer: str, signature: str, keys: Mapping[str, Ed25519PublicKey]) -> list[str]:
+    """What is wrong with a signature (hex) of a hash (hex) by the key of that fingerprint: nothing, or one thing."""
+    key = keys.get(signer)
     if key is None:
-        return [*found, f"signed by {receipt.signer}, a key that is not trusted"]
+        return [f"signed by {signer}, a key that is not trusted"]
     try:
-        key.verify(bytes.fromhex(receipt.signature), bytes.fromhex(receipt.hash))
+        key.verify(bytes.fromhex(signature), bytes.fromhex(digest))
     except (InvalidSignature, ValueError):
-        found.append("the signature does not fit")
-    return found
+        return ["the signature does not fit"]
+    return []

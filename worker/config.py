@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -27,6 +27,7 @@ from worker.errors import Refused, SettingsError
 from worker.params import duration
 
 OUR_PREFIX = "PAPERCLIP_WORKER_"
+_LONGEST_LOCK = timedelta(days=36_500)  # S3's own bound
 # Read by worker/embedded.py, which runs where no Settings exist yet.
 _NOT_SETTINGS = frozenset({"PAPERCLIP_WORKER_EMBEDDED_PG_BIN"})
 # A variable that names a file, and the secret setting that the file's one line is.
@@ -77,6 +78,12 @@ class Settings(BaseModel):
     app_s3_prefix: str = Field("", validation_alias=_env("PAPERCLIP_STORAGE_S3_PREFIX"))
 
     signing_key_file: Path | None = Field(None, validation_alias=_env("PAPERCLIP_WORKER_SIGNING_KEY_FILE"))
+    receipt_lock_mode: Literal["governance", "compliance"] = Field(
+        "governance", validation_alias=_env("PAPERCLIP_WORKER_RECEIPT_LOCK_MODE")
+    )
+    receipt_lock: Annotated[Duration, Field(le=_LONGEST_LOCK)] = Field(
+        timedelta(days=2555), validation_alias=_env("PAPERCLIP_WORKER_RECEIPT_LOCK")
+    )
     catalogue_file: Path | None = Field(None, validation_alias=_env("PAPERCLIP_WORKER_CATALOGUE_FILE"))
 
     bite_seconds: Annotated[float, Field(ge=0.005, le=5)] = Field(

@@ -67,3 +67,7 @@ class StorageFault(Transient):
 
 class ArchiveTampered(Refused):
     """An archive object is missing or does not hold the bytes that were written."""
+
+
+class AnchorTampered(WorkerError):
+    """The bucket holds something else under the name of a receipt or a head."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from worker.layouts.model import Layout
 
 # The evidence is append-only even for the worker itself.
-_APPEND_ONLY = ("receipts", "bites", "objects", "policies")
+_APPEND_ONLY = ("receipts", "bites", "objects", "policies", "anchors")
 
 
 def statements(layout: Layout, role: str, jobs: Iterable[type[Job]]) -> Iterator[str]:

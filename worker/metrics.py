@@ -20,7 +20,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from worker import backlog, ledger, standing
+from worker import anchors, backlog, ledger, standing
 from worker.errors import WorkerError
 from worker.ledger import RUNS, SHARDS
 from worker.logs import log
@@ -58,6 +58,11 @@ class LedgerCollector(Collector):
                 _run_seconds(connection),
                 *_work(connection),
                 _rests(connection),
+                GaugeMetricFamily(
+                    "paperclip_worker_receipts_not_anchored",
+                    "Receipts not in the bucket",
+                    value=anchors.pending(connection),
+                ),
                 *_schedule(standing.standings(connection, self._times, now=now)),
                 *_backlog(connection, self._times, now),
             ]

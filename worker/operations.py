@@ -11,7 +11,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import archive, audit, db, layouts, ledger, params, registry
+from worker import anchors, archive, audit, db, layouts, ledger, params, registry
 from worker.errors import Refused
 from worker.job import Job, Overdue, Plan, Tally, horizon_of
 from worker.means import IN_FORCE, Means, Rules
@@ -20,6 +20,7 @@ from worker.states import ACTIVE, RESUMABLE, State
 from worker.storage import NullStore, S3Store
 
 if TYPE_CHECKING:
+    from worker.anchors import Anchor
     from worker.config import Settings
     from worker.ledger import Run
 
@@ -200,6 +201,7 @@ class Operations:
             tally = ledger.tally(connection, run)
             receipts = audit.recent(connection, limit=1, run=run)
             _, bites = ledger.progress(connection, run)
+            anchored = anchors.of(connection, [one.seq for one in receipts])
         return {
             "run": str(found.id),
             "job": found.job,
@@ -223,7 +225,17 @@ class Operations:
             "actor": found.actor,
             "reason": found.reason,
             "receipt": receipts[0].to_json() if receipts else None,
+            "anchor": next((one.to_json() for one in anchored.values()), None),
         }
+
+    def anchor(self, *, every: bool = False) -> list[Anchor]:
+        """Write pending receipts to the bucket, with `every` all of them again; those written."""
+        if self.store is None or self.settings.signing_key_file is None:
+            raise Refused("PAPERCLIP_WORKER_S3_BUCKET and PAPERCLIP_WORKER_SIGNING_KEY_FILE must be set")
+        with self.transaction(read_only=True) as connection:
+            ledger.require(connection)
+        signer = audit.Signer.load(self.settings.signing_key_file)
+        return anchors.write(self.settings, self.engine, self.store, signer, every=every)
 
     def stalled(self) -> list[Run]:
         """Active runs nothing has moved for `rescue_after` seconds, each counted as rescued."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _LOOK_EVERY = 0.3
 # A database that restarts is back well within this; a longer absence ends the following, never the run.
 _PATIENCE = 60.0
+_ANCHORED_WITHIN = 3.0
 
 
 def follow(deployment: Operations, run: UUID, *, show: bool) -> None:
@@ -39,11 +40,21 @@ def follow(deployment: Operations, run: UUID, *, show: bool) -> None:
                     note = "no worker has taken it; start one with `paperclip-worker worker`"
                 bar.update(task, completed=done, total=planned, description=state.value, note=note)
             if state in SETTLED:
+                _await_anchor(deployment, run)
                 return
             time.sleep(_LOOK_EVERY)
     finally:
         if bar:
             bar.stop()
+
+
+def _await_anchor(deployment: Operations, run: UUID) -> None:
+    """The receipt goes to the bucket just after the settlement: its result is worth a moment, not more."""
+    if deployment.settings.s3_bucket is None:
+        return
+    until = time.monotonic() + _ANCHORED_WITHIN
+    while deployment.result(run)["anchor"] is None and time.monotonic() < until:
+        time.sleep(_LOOK_EVERY / 3)
 
 
 def _look(deployment: Operations, run: UUID) -> tuple[State, int, int | None, str]:

@@ -14,12 +14,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from worker import audit, db, holds, layouts, ledger, params, registry, settle
+from worker import anchors, audit, db, holds, layouts, ledger, params, registry, settle
 from worker.errors import Contended, DatabaseGone, Refused, Transient, WorkerError
 from worker.job import Tally
 from worker.logs import log
 from worker.means import Means
-from worker.states import ACTIVE, State
+from worker.states import ACTIVE, SETTLED, State
 from worker.throttle import Throttle
 
 if TYPE_CHECKING:
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from worker.config import Settings
     from worker.job import Job
     from worker.ledger import Run
-    from worker.storage import Store
+    from worker.storage import S3Store
 
 # So many faults in a row, with rests up to _LONGEST_REST between them (about half a minute), fail a run.
 MOST_FAULTS = 10
 _LONGEST_REST = 5.0
+# A settlement waits for the bucket no longer than for so many receipts; the next, or the rescue, has the rest.
+MOST_ANCHORED = 200
 
 
 class Outcome(Enum):
@@ -47,7 +49,7 @@ class Outcome(Enum):
 class Runner:
     """Works on runs of one deployment. Not shared between threads."""
 
-    def __init__(self, settings: Settings, engine: sa.Engine, *, store: Store | None) -> None:
+    def __init__(self, settings: Settings, engine: sa.Engine, *, store: S3Store | None) -> None:
         if settings.signing_key_file is None:
             raise Refused("PAPERCLIP_WORKER_SIGNING_KEY_FILE is not set")
         self._settings = settings
@@ -93,6 +95,9 @@ class Runner:
                 # The runner's edge: record that it failed (never the text, which may quote a row), and raise.
                 self.give_up(run, f"internal error: {type(error).__name__}")
                 raise
+            if outcome is Outcome.SETTLED:
+                # Also when this message came back after a kill between the commit and the bucket.
+                self.anchor()
             if outcome is not None:
                 return outcome
             if time.monotonic() >= until or leave():
@@ -220,8 +225,10 @@ class Runner:
             if run.state is expected:
                 job = params.from_json(registry.job(run.job), run.params)
                 state = judge(self._means(connection, run), job, run)
-                log.info("run judged", run=str(run_id), state=state.value)
-        return None
+            else:
+                return None
+        log.info("run judged", run=str(run_id), state=state.value)
+        return Outcome.SETTLED if state in SETTLED else None
 
     def _stop(self, run_id: UUID) -> Outcome | None:
         """The worker that finds no bite in flight settles; the others go home."""
@@ -235,7 +242,9 @@ class Runner:
             if run.state is expected or (expected is None and run.state in ACTIVE):
                 job = params.from_json(registry.job(run.job), run.params)
                 settle.end_early(self._means(connection, run), job, run, to, self._signer, error=error)
-        return None
+            else:
+                return None
+        return Outcome.SETTLED
 
     # -- faults ---------------------------------------------------------------------------------------
 
@@ -263,7 +272,17 @@ class Runner:
                 # The fault that led here is what the caller raises; a rescue takes the run up again.
                 time.sleep(pause)
             else:
+                self.anchor()
                 return
+
+    def anchor(self) -> None:
+        """Write what receipts the bucket lacks to it. A fault leaves them pending: it is logged, never raised."""
+        if self._store is None:
+            return
+        try:
+            anchors.write(self._settings, self._engine, self._store, self._signer, most=MOST_ANCHORED)
+        except WorkerError as fault:
+            log.warning("receipts not anchored", fault=type(fault).__name__, why=str(fault))
 
     # -- parts ----------------------------------------------------------------------------------------
 

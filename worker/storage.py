@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Protocol
 
 import boto3
@@ -25,6 +28,45 @@ CHUNK = 1 << 20
 # Up to this size one PUT carries its own checksum; beyond it parts do.
 _ONE_PUT = 32 << 20
 _FINAL = frozenset({"AccessDenied", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "404"})
+_GONE = frozenset({"NoSuchKey", "NoSuchVersion"})
+# An object of that name is there, or another writer is just putting it there.
+_THERE = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412"})
+# Answers to the question for Object Lock that mean there is none; so do a 404, 405 or 501.
+_LOCKLESS = frozenset({"InvalidRequest", "InvalidBucketState", "NoSuchObjectLockConfiguration", "NotImplemented"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lock:
+    """Object Lock retention to put an object under: `governance` or `compliance`, and its end."""
+
+    mode: str
+    until: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """An object as the store gives it back, and the retention that the store confirms."""
+
+    body: bytes
+    locked_until: datetime | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """One version of an object. Size in bytes."""
+
+    id: str
+    size: int
+    at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """All a bucket holds under one name: versions, the oldest first, and whether it was ever deleted."""
+
+    key: str
+    versions: tuple[Version, ...]
+    deleted: bool
 
 
 class Store(Protocol):
@@ -117,6 +159,73 @@ class S3Store:
                 found += [item["Key"].removeprefix(self._prefix) for item in page.get("Contents", [])]
         return found
 
+    def put_once(self, key: str, body: bytes, *, lock: Lock | None) -> None:
+        """Write a small object unless one of that name is there; which of the two it was is for `get` to show."""
+        retention = {"ObjectLockMode": lock.mode.upper(), "ObjectLockRetainUntilDate": lock.until} if lock else {}
+        with _translated(self._bucket):
+            try:
+                self._client.put_object(
+                    Bucket=self._bucket,
+                    Key=self._prefix + key,
+                    Body=body,
+                    IfNoneMatch="*",
+                    ChecksumSHA256=base64.b64encode(hashlib.sha256(body).digest()).decode(),
+                    **retention,  # type: ignore[arg-type]
+                )
+            except ClientError as error:
+                if _code(error) not in _THERE:
+                    raise
+
+    def get(self, key: str, *, version: str | None = None) -> Stored:
+        """A small object whole; one of its versions, or the newest. Raises Missing when it is not there."""
+        which = {"VersionId": version} if version else {}
+        with _translated(self._bucket):
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **which)  # type: ignore[arg-type]
+            until = answer.get("ObjectLockRetainUntilDate")
+            return Stored(body=answer["Body"].read(), locked_until=until.astimezone(UTC) if until else None)
+
+    def lockable(self) -> bool:
+        """Whether the bucket has Object Lock. Refused when the credentials may not know."""
+        with _translated(self._bucket):
+            try:
+                answer = self._client.get_object_lock_configuration(Bucket=self._bucket)
+            except ClientError as error:
+                code, status = _code(error), error.response["ResponseMetadata"]["HTTPStatusCode"]
+                if code == "AccessDenied":
+                    raise Refused(
+                        f"bucket {self._bucket}: the credentials may not ask whether it has Object Lock; "
+                        "grant s3:GetBucketObjectLockConfiguration"
+                    ) from error
+                if code in _LOCKLESS or (status in {404, 405, 501} and code != "NoSuchBucket"):
+                    return False
+                raise
+        return answer.get("ObjectLockConfiguration", {}).get("ObjectLockEnabled") == "Enabled"
+
+    def history(self, prefix: str) -> Iterator[History]:
+        """What is and was below a prefix, by name. A deleted object whose versions are kept is among them."""
+        before = ""
+        for key, entries in itertools.groupby(self._entries(prefix), key=lambda one: one[0]):
+            if key < before:
+                raise StorageFault(f"bucket {self._bucket}: the store does not list by name")
+            before = key
+            versions = [version for _, version in entries]
+            kept = tuple(version for version in reversed(versions) if version is not None)
+            yield History(key=key.removeprefix(self._prefix), versions=kept, deleted=None in versions)
+
+    def _entries(self, prefix: str) -> Iterator[tuple[str, Version | None]]:
+        """Names with each version, the newest first; None stands for a delete marker."""
+        with _translated(self._bucket):
+            pages = self._client.get_paginator("list_object_versions").paginate(
+                Bucket=self._bucket, Prefix=self._prefix + prefix
+            )
+            for page in pages:
+                found: list[tuple[str, Version | None]] = [
+                    (item["Key"], Version(id=item["VersionId"], size=item["Size"], at=item["LastModified"]))
+                    for item in page.get("Versions", [])
+                ]
+                found += [(item["Key"], None) for item in page.get("DeleteMarkers", [])]
+                yield from sorted(found, key=lambda one: one[0])
+
     def delete(self, keys: list[str]) -> None:
         with _translated(self._bucket):
             for first in range(0, len(keys), 1000):
@@ -183,11 +292,15 @@ def _translated(bucket: str) -> Iterator[None]:
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise Refused(f"bucket {bucket}: no S3 credentials; set AWS_ACCESS_KEY_ID or a profile") from error
     except ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", "unknown"))
-        if code == "NoSuchKey":
+        code = _code(error)
+        if code in _GONE:
             raise Missing(f"bucket {bucket}: an object is not there") from error
         if code in _FINAL:
             raise Refused(f"bucket {bucket}: the store refuses ({code}); check bucket and credentials") from error
         raise StorageFault(f"bucket {bucket}: the store answers {code}") from error
     except BotoCoreError as error:
         raise StorageFault(f"bucket {bucket}: cannot be reached ({type(error).__name__})") from error
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", "unknown"))

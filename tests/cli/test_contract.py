@@ -100,7 +100,8 @@ def test_run_inline_prints_one_object_that_says_it_all(deployment: Deployment) -
     evidence = receipt["evidence"]["archive"]
     assert evidence["rows"] == result["rows"]
     assert evidence["manifest"] in keys(deployment)
-    assert len(keys(deployment)) == evidence["objects"] + 1
+    assert len([one for one in keys(deployment) if one.startswith("archive/")]) == evidence["objects"] + 1
+    assert result["anchor"]["key"] in keys(deployment)
     assert deployment.cli("receipts", "verify").stdout == "1 receipts, chain intact\n"
     again = deployment.json(*INLINE)
     assert again["kept"]
@@ -136,7 +137,12 @@ def test_through_a_worker_process(released: Deployment) -> None:
         assert watched["tally"] == events["tally"]
         assert released.json("runs", "show", run[:8]) == watched
         assert released.json("runs", "show", "last") == watched
-    assert released.json("receipts", "verify") == {"receipts": 2, "intact": True, "flaws": []}
+    assert released.json("receipts", "verify") == {
+        "receipts": 2,
+        "intact": True,
+        "flaws": [],
+        "not_anchored": 0,
+    }
 
 
 def test_plan_counts_what_a_run_does_and_changes_nothing(released: Deployment) -> None:
@@ -455,12 +461,17 @@ def test_the_printed_grants_are_enough_and_no_more(deployment: Deployment, tmp_p
     with humble.transaction() as connection:
         standing.note(connection, times)
     assert deployment.cli("receipts", "verify", env=least).stdout.endswith("chain intact\n")
+    assert deployment.json("receipts", "verify", "--anchors")["not_anchored"] == 0
+    deployment.cli("receipts", "anchor", "--all", env=least)
+    deployment.cli("receipts", "verify", "--anchors", env=least)
     with psycopg.connect(login, autocommit=True) as connection:
         for statement in (
             "DELETE FROM companies",
             "UPDATE companies SET id = id",
             "DELETE FROM paperclip_worker.receipts",
             "UPDATE paperclip_worker.receipts SET body = body",
+            "UPDATE paperclip_worker.anchors SET key = key",
+            "DELETE FROM paperclip_worker.anchors",
             "TRUNCATE paperclip_worker.receipts",
             "DELETE FROM paperclip_worker.runs",
             "UPDATE activity_log SET action = action",

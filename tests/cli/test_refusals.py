@@ -19,6 +19,7 @@ from worker.layouts import LAYOUTS, catalogue
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 PLAN = ("plan", "prune-logs")
+FROM_S3 = ("receipts", "verify", "--from-s3")
 
 
 class _Watch:
@@ -78,6 +79,7 @@ _WORDS: list[tuple[tuple[str, ...], str]] = [
     (("runs", "list", "--state", "nosuch"), "nosuch"),
     (("runs", "list", "--limit", "0"), "limit"),
     (("receipts", "show", "999"), "no receipt 999"),
+    (("receipts", "verify", "--from-s3", "--anchors"), "--from-s3 and --anchors cannot be combined"),
     (("receipts", "show", "0"), "0"),
     (("receipts", "show", "99999999999999999999"), "99999999999999999999"),
     (("receipts", "verify", "--public-key", "/nosuch"), "nosuch"),
@@ -133,6 +135,21 @@ _SETTINGS: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
     "no store": ({"PAPERCLIP_STORAGE_S3_ENDPOINT": f"http://127.0.0.1:{_SHUT}"}, INLINE, "cannot be reached"),
     "no such bucket": ({"PAPERCLIP_WORKER_S3_BUCKET": "no-such-bucket"}, INLINE, "no-such-bucket.*NoSuchBucket"),
     "bucket unset": ({"PAPERCLIP_WORKER_S3_BUCKET": ""}, INLINE, "S3_BUCKET is not set"),
+    "no bucket to verify": ({"PAPERCLIP_WORKER_S3_BUCKET": ""}, FROM_S3, "S3_BUCKET is not set"),
+    "no bucket to anchor in": (
+        {"PAPERCLIP_WORKER_S3_BUCKET": ""},
+        ("receipts", "anchor"),
+        "S3_BUCKET is not set",
+    ),
+    "no key to verify by": ({"PAPERCLIP_WORKER_SIGNING_KEY_FILE": ""}, FROM_S3, "SIGNING_KEY_FILE is not set"),
+    "no store to verify": (
+        {"PAPERCLIP_STORAGE_S3_ENDPOINT": f"http://127.0.0.1:{_SHUT}"},
+        FROM_S3,
+        "cannot be reached",
+    ),
+    "a lock of no mode": ({"PAPERCLIP_WORKER_RECEIPT_LOCK_MODE": "firm"}, PLAN, "RECEIPT_LOCK_MODE.*compliance"),
+    "a lock of no duration": ({"PAPERCLIP_WORKER_RECEIPT_LOCK": "long"}, PLAN, "RECEIPT_LOCK .*is not a duration"),
+    "a lock too long": ({"PAPERCLIP_WORKER_RECEIPT_LOCK": "999999w"}, PLAN, "RECEIPT_LOCK.*36500 days"),
     "wrong S3 secret": ({"AWS_SECRET_ACCESS_KEY": "hunter2"}, INLINE, "store refuses.*credentials"),
     "wrong S3 key id": ({"AWS_ACCESS_KEY_ID": "nobody"}, INLINE, "store refuses.*credentials"),
     "no S3 credentials": (

@@ -16,7 +16,7 @@ from uuid import UUID
 import psycopg
 
 from tasks.prune_logs import PruneLogs
-from worker import archive, audit, config, ledger, logs
+from worker import anchors, archive, audit, config, ledger, logs
 from worker.operations import Operations
 from worker.storage import S3Store
 
@@ -39,6 +39,13 @@ AROUND: dict[str, tuple[Any, str, int, bool]] = {
     "manifest written": (archive, "write_manifest", 1, True),
     "index written": (PruneLogs, "index", 1, True),
     "receipt written": (audit, "append", 1, True),
+}
+# Once the settlement has committed.
+ANCHORING: dict[str, tuple[Any, str, int, bool]] = {
+    "before the receipt's object": (S3Store, "put_once", 1, False),
+    "receipt's object written": (S3Store, "put_once", 1, True),
+    "head written": (S3Store, "put_once", 2, True),
+    "before the anchor is noted": (anchors, "_record", 1, False),
 }
 # And at the commit that follows such a call: before PostgreSQL hears of it, or once it has answered.
 COMMITS: dict[str, tuple[Any, str, int, bool]] = {
@@ -73,7 +80,7 @@ def _wrap(owner: Any, name: str, before: Callable[[], None], after: Callable[[],
 def arm(step: str) -> None:
     """Make this process die at the step."""
     commit = step in COMMITS
-    owner, name, number, late = (BITE | AROUND | COMMITS)[step]
+    owner, name, number, late = (BITE | AROUND | COMMITS | ANCHORING)[step]
     calls = 0
 
     def count() -> None:

@@ -15,7 +15,7 @@ import zstandard
 
 from tasks.prune_logs import PruneLogs
 from tests.conftest import Deployment
-from worker import audit, ledger
+from worker import anchors, audit, ledger, witness
 from worker.errors import Transient
 from worker.operations import Operations
 from worker.runner import Outcome
@@ -86,16 +86,32 @@ def check_kept(deployment: Deployment, run: UUID, before: Rows, *, archive: bool
     _check_archive(deployment, run, gone if archive else set())
     _check_bites(deployment, run, len(gone))
     _check_receipts(deployment, run, counted)
+    check_anchored(deployment)
+
+
+def check_anchored(deployment: Deployment) -> None:
+    """Every receipt is in the bucket, once what an interrupted worker left pending is written, and all agree."""
+    operations, store = deployment.operations, deployment.operations.store
+    key = operations.settings.signing_key_file
+    assert store is not None
+    assert key is not None
+    operations.anchor()
+    with operations.transaction(read_only=True) as connection:
+        assert anchors.pending(connection) == 0
+        comparison = witness.Comparison(anchors.books(connection))
+        found = witness.verify(store, [audit.Signer.load(key).public], beside=comparison)
+    assert found.receipts == found.heads > 0
+    assert (found.flaws, comparison.flaws, comparison.beyond) == ([], [], {})
 
 
 def _check_archive(deployment: Deployment, run: UUID, gone: set[tuple[str, str]]) -> None:
     store = _store(deployment)
     manifest = f"archive/activity_log/run={run}/manifest.json"
     if not gone:
-        assert store.keys("") == []
+        assert store.keys("archive/") == []
         return
     objects = json.loads(b"".join(store.read(manifest)))["objects"]
-    assert sorted(store.keys("")) == sorted([manifest, *(one["key"] for one in objects)])
+    assert sorted(store.keys("archive/")) == sorted([manifest, *(one["key"] for one in objects)])
     assert sum(one["rows"] for one in objects) == len(gone)
     assert sorted(archived(store, [one["key"] for one in objects])) == sorted(gone)
 

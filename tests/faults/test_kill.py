@@ -11,7 +11,7 @@ from tests.faults.doomed import work_and_die
 from tests.faults.evidence import begin, check_exact, check_kept, complete, rows
 
 pytestmark = pytest.mark.faults
-STEPS = [*doomed.BITE, *doomed.AROUND, *doomed.COMMITS]
+STEPS = [*doomed.BITE, *doomed.AROUND, *doomed.COMMITS, *doomed.ANCHORING]
 WITHOUT_ARCHIVE = ["after apply", "before commit of a bite", "after commit of a bite"]
 
 
@@ -60,4 +60,4 @@ def test_what_a_dead_worker_wrote_goes_even_when_nothing_is_left_to_archive(rele
     released.query("DELETE FROM activity_log")
     complete(released.operations, run)
     assert released.operations.result(run)["kept"]
-    assert store.keys("") == []
+    assert store.keys("archive/") == []

@@ -169,6 +169,9 @@ def print_result(result: dict[str, Any]) -> None:
         click.echo(f"rests: {result['waiting']}")
     if result["receipt"]:
         click.echo(f"receipt {result['receipt']['seq']}  sha256 {result['receipt']['hash']}")
+    if result["anchor"]:
+        until = result["anchor"]["locked_until"]
+        click.echo(f"anchor {result['anchor']['key']}" + (f", locked until {until}" if until else ""))
 
 
 def print_doomed(doomed: Sequence[dict[str, Any]]) -> None:

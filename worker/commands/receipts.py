@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from worker.commands import common
-from worker.errors import Exit
+from worker.errors import Exit, Refused
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    from worker.anchors import Anchor
+    from worker.audit import Flaw, Receipt
+    from worker.config import Settings
 
 
 @click.group()
 def receipts() -> None:
-    """List, show and verify receipts: canonical JSON, chained by hash, signed with Ed25519."""
+    """List, show, verify and anchor receipts: canonical JSON, chained by hash, signed with Ed25519."""
 
 
 @receipts.command("list")
@@ -21,17 +30,25 @@ def receipts() -> None:
 )
 @common.json_option
 def list_receipts(limit: int, as_json: bool) -> None:
-    """The newest receipts."""
-    from worker import audit, ledger
+    """The newest receipts, and where each is in the bucket."""
+    from worker import anchors, audit, ledger
 
     with common.operations().transaction(read_only=True) as connection:
         ledger.require(connection)
-        found = [one.to_json() for one in audit.recent(connection, limit=limit)]
+        recent = audit.recent(connection, limit=limit)
+        anchored = anchors.of(connection, [one.seq for one in recent])
+    found = [_shown(one, anchored) for one in recent]
     if as_json:
         common.print_json({"receipts": found})
     else:
-        header = ("seq", "run", "job", "state", "settled_at", "hash")
-        common.print_rows(header, [[one[name] for name in header] for one in found])
+        header = ("seq", "run", "job", "state", "settled_at", "hash", "anchor")
+        rows = [one | {"anchor": one["anchor"] and one["anchor"]["key"]} for one in found]
+        common.print_rows(header, [[one[name] for name in header] for one in rows])
+
+
+def _shown(receipt: Receipt, anchored: Mapping[int, Anchor]) -> dict[str, Any]:
+    anchor = anchored.get(receipt.seq)
+    return receipt.to_json() | {"anchor": anchor.to_json() if anchor else None}
 
 
 @receipts.command()
@@ -39,15 +56,41 @@ def list_receipts(limit: int, as_json: bool) -> None:
 @common.json_option
 def show(seq: int, as_json: bool) -> None:
     """One receipt: with --json all of it, without just the signed text, byte for byte."""
-    from worker import audit, ledger
+    from worker import anchors, audit, ledger
 
     with common.operations().transaction(read_only=True) as connection:
         ledger.require(connection)
         receipt = audit.get(connection, seq)
+        anchored = anchors.of(connection, [seq])
     if as_json:
-        common.print_json(receipt.to_json())
+        common.print_json(_shown(receipt, anchored))
     else:
         click.echo(receipt.body)
+
+
+@receipts.command()
+@click.option("--all", "every", is_flag=True, help="Write every receipt: to a bucket that is new, or has lost some.")
+@common.json_option
+def anchor(every: bool, as_json: bool) -> None:
+    """Write receipts that are not in the bucket yet to it. Workers do so after each run and every minute.
+
+    Where the bucket has Object Lock, each is kept from deletion for PAPERCLIP_WORKER_RECEIPT_LOCK.
+    """
+    from worker import anchors
+    from worker.config import Need
+
+    deployment = common.operations(Need.STORAGE, Need.SIGNING)
+    written = deployment.anchor(every=every)
+    if deployment.store is None:
+        raise Refused(f"{Need.STORAGE.value} is not set")
+    locked = all(one.locked_until for one in written) and deployment.store.lockable()
+    with deployment.transaction(read_only=True) as connection:
+        pending = anchors.pending(connection)
+    where = deployment.store.location + anchors.PREFIX
+    if as_json:
+        common.print_json({"anchored": len(written), "not_anchored": pending, "locked": locked, "location": where})
+    else:
+        click.echo(f"{len(written)} receipts written to {where}, {'locked' if locked else 'not locked'}")
 
 
 @receipts.command()
@@ -57,27 +100,73 @@ def show(seq: int, as_json: bool) -> None:
     multiple=True,
     help="A public key (PEM) to trust instead of the configured signing key; repeatable.",
 )
+@click.option("--from-s3", is_flag=True, help="Verify what is in the bucket. Needs no database.")
+@click.option("--anchors", "both", is_flag=True, help="Verify database and bucket, and that they agree.")
 @common.json_option
-def verify(public_key: tuple[Path, ...], as_json: bool) -> int:
+def verify(public_key: tuple[Path, ...], from_s3: bool, both: bool, as_json: bool) -> int:
     """Check the whole chain: changed, missing, reordered and forged receipts. Exit status 1 when it is broken."""
-    from worker import audit, ledger
     from worker.config import Need
 
-    deployment = common.operations(*([] if public_key else [Need.SIGNING]))
-    trusted = [audit.load_public(path) for path in public_key]
-    if deployment.settings.signing_key_file is not None and not public_key:
-        trusted = [audit.Signer.load(deployment.settings.signing_key_file).public]
-    with deployment.transaction(scan=True, read_only=True) as connection:
-        ledger.require(connection)
-        count, flaws = audit.verify(connection, trusted)
+    if from_s3 and both:
+        raise Refused("--from-s3 and --anchors cannot be combined; --anchors reads the bucket too")
+    needs = [*([] if public_key else [Need.SIGNING]), *([Need.STORAGE] if from_s3 or both else [])]
+    settings = common.settings(*needs, *([] if from_s3 else [Need.DATABASE]))
+    trusted = _trusted(public_key, settings)
+    facts, flaws, text = _from_s3(settings, trusted) if from_s3 else _from_database(trusted, both=both)
     if as_json:
-        common.print_json({"receipts": count, "intact": not flaws, "flaws": [one.to_json() for one in flaws]})
+        head = {"receipts": facts.pop("receipts"), "intact": not flaws, "flaws": [one.to_json() for one in flaws]}
+        common.print_json(head | facts)
     elif not flaws:
-        click.echo(f"{count} receipts, chain intact")
+        click.echo(text)
     if flaws:
         first, more = flaws[0], f" (and {len(flaws) - 1} more)" if len(flaws) > 1 else ""
         click.echo(f"paperclip-worker: the chain is broken at receipt {first.seq}: {first.what}{more}", err=True)
     return Exit.UNKEPT if flaws else Exit.KEPT
+
+
+def _trusted(public_key: tuple[Path, ...], settings: Settings) -> list[Ed25519PublicKey]:
+    from worker import audit
+
+    if public_key or settings.signing_key_file is None:
+        return [audit.load_public(path) for path in public_key]
+    return [audit.Signer.load(settings.signing_key_file).public]
+
+
+def _from_s3(settings: Settings, trusted: Sequence[Ed25519PublicKey]) -> tuple[dict[str, Any], list[Flaw], str]:
+    from worker import anchors, witness
+    from worker.storage import S3Store
+
+    store = S3Store(settings)
+    found = witness.verify(store, trusted)
+    facts = found.to_json() | {"location": store.location + anchors.PREFIX}
+    lock = f"locked until {found.locked_until:%Y-%m-%d}" if found.locked else "not locked"
+    return (
+        facts,
+        found.flaws,
+        f"{found.receipts} receipts, chain intact, {lock}; head {found.head[0]} {found.head[1]}",
+    )
+
+
+def _from_database(trusted: Sequence[Ed25519PublicKey], *, both: bool) -> tuple[dict[str, Any], list[Flaw], str]:
+    from worker import anchors, audit, ledger, witness
+    from worker.config import Need
+
+    deployment = common.operations(*([Need.STORAGE] if both else []))
+    facts: dict[str, Any] = {}
+    with deployment.transaction(scan=True, read_only=True) as connection:
+        ledger.require(connection)
+        facts["not_anchored"] = anchors.pending(connection)
+        count, flaws = audit.verify(connection, trusted)
+        if both and deployment.store is not None:
+            comparison = witness.Comparison(anchors.books(connection))
+            found = witness.verify(deployment.store, trusted, beside=comparison)
+    if both:
+        with deployment.transaction(read_only=True) as connection:
+            comparison.catch_up(anchors.hashes(connection, comparison.beyond))
+        facts["bucket"] = found.to_json()
+        flaws = [*comparison.flaws, *flaws, *found.flaws]
+    agree = ", and the bucket agrees" if both else ""
+    return {"receipts": count, **facts}, flaws, f"{count} receipts, chain intact{agree}"
 
 
 @click.command()

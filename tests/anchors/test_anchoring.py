@@ -1,0 +1,433 @@
+"""Receipts on their way into the bucket: after the commit, once, in their order, whatever goes wrong between."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from botocore.awsrequest import AWSResponse
+from botocore.exceptions import ClientError
+
+from tests.anchors.conftest import LOCKED, on
+from tests.anchors.test_witness import rewritten
+from tests.cli.helpers import INLINE, check_refusal, complete, keys, start
+from tests.conftest import Deployment
+from tests.faults import doomed, evidence
+from tests.faults.doomed import work_and_die
+from tests.faults.evidence import check_anchored
+from tests.faults.proxy import Fault, Proxy, proxy
+from worker import anchors, app, audit, config, embedded, storage, timetable, witness
+from worker.anchors import Signed
+from worker.app import Site
+from worker.errors import AnchorTampered, Refused, StorageFault
+from worker.metrics import LedgerCollector
+from worker.operations import Operations
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+def _pending(deployment: Deployment) -> int:
+    with deployment.operations.transaction(read_only=True) as connection:
+        return anchors.pending(connection)
+
+
+def _in_bucket(deployment: Deployment) -> list[str]:
+    return [key for key in keys(deployment) if key.startswith("receipts/")]
+
+
+# -- what operators see -------------------------------------------------------------------------------
+
+
+def test_a_settled_run_says_where_its_receipt_is(deployment: Deployment) -> None:
+    """With and without an archive, in a bucket without Object Lock; and the database is not asked to verify."""
+    for number, words in enumerate([INLINE, (*INLINE, "--without-archive", "--older-than", "30d")], 1):
+        result = deployment.json(*words)
+        key = f"receipts/{number:012d}-{result['receipt']['hash'][:16]}.json"
+        assert result["anchor"] == {"key": key, "locked_until": None}
+        assert deployment.json("runs", "show", "last")["anchor"] == result["anchor"]
+        assert f"anchor {key}\n" in deployment.cli("runs", "show", "last").stdout
+        listed = deployment.json("receipts", "list")["receipts"]
+        assert (listed[0]["seq"], listed[0]["anchor"]) == (number, result["anchor"])
+        assert key in deployment.cli("receipts", "list").stdout
+        store = deployment.operations.store
+        assert store is not None
+        stored = Signed.decode(store.get(key).body)
+        assert stored.body + "\n" == deployment.cli("receipts", "show", str(number)).stdout
+    assert _in_bucket(deployment) == sorted(
+        [*(one["anchor"]["key"] for one in listed), *(anchors.head_key(seq) for seq in (1, 2))]
+    )
+    alone = {"DATABASE_URL": "", "PAPERCLIP_WORKER_BROKER_URL": ""}
+    assert deployment.cli("receipts", "verify", "--from-s3", env=alone).stdout.startswith("2 receipts, chain intact")
+    found = deployment.json("receipts", "verify", "--anchors")
+    assert (found["receipts"], found["not_anchored"], found["bucket"]["receipts"]) == (2, 0, 2)
+    again = deployment.json("receipts", "anchor")
+    assert (again["anchored"], again["not_anchored"], again["locked"]) == (0, 0, False)
+
+
+def test_without_a_bucket_nothing_is_anchored_and_that_is_said(released: Deployment) -> None:
+    bare = on(released, s3_bucket="")
+    result = bare.json(*INLINE, "--without-archive")
+    assert result["kept"]
+    assert result["anchor"] is None
+    assert bare.json("receipts", "verify")["not_anchored"] == 1
+    assert [
+        sample.value
+        for family in LedgerCollector(bare.operations, timetable.load(bare.operations.settings)).collect()
+        for sample in family.samples
+        if sample.name == "paperclip_worker_receipts_not_anchored"
+    ] == [1]
+    assert "\t-\n" in bare.cli("receipts", "list").stdout
+    assert _in_bucket(released) == []
+    assert released.json("receipts", "anchor") == {
+        "anchored": 1,
+        "not_anchored": 0,
+        "locked": False,
+        "location": f"s3://{embedded.BUCKET}/{released.environment['PAPERCLIP_WORKER_S3_PREFIX']}receipts/",
+    }
+    check_anchored(released)
+
+
+def test_a_new_bucket_gets_every_receipt_once_asked(released: Deployment, locked_bucket: str) -> None:
+    complete(released, archive=False)
+    complete(released, archive=False)
+    moved = on(released, s3_bucket=locked_bucket)
+    check_refusal(moved.cli("receipts", "verify", "--anchors", ok=False), says="and it is not", status=1)
+    assert moved.json("receipts", "anchor")["anchored"] == 0
+    assert moved.json("receipts", "anchor", "--all")["anchored"] == 2
+    assert moved.json("receipts", "verify", "--anchors")["bucket"]["locked"] is True
+
+
+# -- Object Lock --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["governance", "compliance"])
+def test_object_lock_keeps_a_receipt_from_deletion(locked: Deployment, client: S3Client, mode: str) -> None:
+    deployment = on(locked, receipt_lock_mode=mode)
+    result = deployment.json(*INLINE)
+    until = datetime.fromisoformat(result["anchor"]["locked_until"])
+    assert abs(until - datetime.now(UTC) - timedelta(days=365)) < timedelta(minutes=5)
+    assert f"locked until {result['anchor']['locked_until']}" in deployment.cli("runs", "show", "last").stdout
+    assert deployment.json("receipts", "anchor")["locked"] is True
+    assert deployment.cli("receipts", "anchor").stdout.endswith(", locked\n")
+    found = deployment.json("receipts", "verify", "--from-s3")
+    assert (found["locked"], found["locked_until"]) == (True, result["anchor"]["locked_until"])
+    prefix = deployment.environment["PAPERCLIP_WORKER_S3_PREFIX"]
+    for key in (result["anchor"]["key"], anchors.head_key(1)):
+        where: dict[str, Any] = {"Bucket": LOCKED, "Key": prefix + key}
+        answer = client.head_object(**where)
+        assert answer["ObjectLockMode"] == mode.upper()
+        version: dict[str, Any] = {"VersionId": answer["VersionId"]}
+        bypass: dict[str, Any] = {"BypassGovernanceRetention": True} if mode == "compliance" else {}
+        with pytest.raises(ClientError, match="AccessDenied"):
+            client.delete_object(**where, **version, **bypass)
+        soon: Any = {"Mode": mode.upper(), "RetainUntilDate": datetime.now(UTC) + timedelta(seconds=1)}
+        with pytest.raises(ClientError, match="AccessDenied"):
+            client.put_object_retention(**where, **version, Retention=soon)
+        # Without the version's name a delete only hides it, and that is found.
+        client.delete_object(**where)
+        told = deployment.cli("receipts", "verify", "--from-s3", ok=False)
+        check_refusal(told, says=f"{key} was deleted", status=1)
+        assert client.get_object(**where, **version)["Body"].read()
+
+
+def _answer(operations: Operations, operation: str, status: int, *bodies: str) -> None:
+    """Have the store answer so when asked for this, one body after the other; nothing else of it changes."""
+    store = operations.store
+    assert store is not None
+    answers = itertools.cycle(bodies)
+
+    class Raw:
+        def stream(self) -> Iterator[bytes]:
+            yield next(answers).encode()
+
+    store._client.meta.events.register(
+        f"before-send.s3.{operation}",
+        lambda request, **_: AWSResponse(request.url, status, {}, Raw()),  # type: ignore[arg-type]
+    )
+
+
+_ERROR = "<Error><Code>{}</Code><Message>no</Message></Error>"
+_LOCKLESS = [
+    (404, _ERROR.format("ObjectLockConfigurationNotFoundError")),
+    (404, _ERROR.format("NoSuchObjectLockConfiguration")),
+    (400, _ERROR.format("InvalidRequest")),
+    (405, _ERROR.format("MethodNotAllowed")),
+    (501, _ERROR.format("NotImplemented")),
+    (200, "<ObjectLockConfiguration></ObjectLockConfiguration>"),
+]
+
+
+@pytest.mark.parametrize(("status", "body"), _LOCKLESS, ids=[f"{a} {b[13:30]}" for a, b in _LOCKLESS])
+def test_stores_without_object_lock_have_many_ways_to_say_so(released: Deployment, status: int, body: str) -> None:
+    _answer(released.operations, "GetObjectLockConfiguration", status, body)
+    complete(released, archive=False)
+    check_anchored(released)
+
+
+def test_whoever_may_not_ask_for_object_lock_anchors_nothing_unlocked(released: Deployment) -> None:
+    _answer(released.operations, "GetObjectLockConfiguration", 403, _ERROR.format("AccessDenied"))
+    complete(released, archive=False)
+    assert (_pending(released), _in_bucket(released)) == (1, [])
+    with pytest.raises(Refused, match="s3:GetBucketObjectLockConfiguration"):
+        released.operations.anchor()
+
+
+# -- faults -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("step", ["receipt written", "before commit of the settlement"])
+def test_a_settlement_that_did_not_commit_leaves_nothing(released: Deployment, step: str) -> None:
+    run = start(released.operations)
+    work_and_die(released.environment, step, run, bite_rows=200)
+    assert _in_bucket(released) == []
+    evidence.complete(released.operations, run)
+    check_anchored(released)
+
+
+def _next_settlement(deployment: Deployment) -> None:
+    complete(deployment, table="heartbeat_run_events")
+
+
+def _rescue(deployment: Deployment) -> None:
+    settings = deployment.operations.settings
+    celery = app.make(settings)
+    site = Site(settings, celery, timetable.load(settings))
+    site.rescue()
+    site.operations.close()
+    celery.close()
+
+
+def _command(deployment: Deployment) -> None:
+    deployment.cli("receipts", "anchor")
+
+
+_AFTER = "after commit of the settlement"
+_HEALED = [
+    *((_AFTER, heal) for heal in (_next_settlement, _rescue, _command)),
+    *((step, _rescue) for step in doomed.ANCHORING),
+]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("step", "heal"), _HEALED, ids=[f"{step}, {heal.__name__}" for step, heal in _HEALED])
+def test_killed_before_the_receipt_is_anchored_another_does_it(
+    released: Deployment, step: str, heal: Callable[[Deployment], None]
+) -> None:
+    run = start(released.operations)
+    work_and_die(released.environment, step, run, bite_rows=200)
+    result = released.operations.result(run)
+    assert (result["kept"], result["anchor"], _pending(released)) == (True, None, 1)
+    heal(released)
+    assert _pending(released) == 0
+    check_anchored(released)
+
+
+@pytest.fixture
+def network(servers: embedded.Embedded, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
+    with proxy(servers.s3.port) as way:
+        yield way
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("method", "fault"),
+    [("PUT", Fault.DROP), ("PUT", Fault.BUSY), ("PUT", Fault.SWALLOW), ("GET", Fault.FLIP), ("GET", Fault.CUT)],
+    ids=lambda one: getattr(one, "value", one),
+)
+def test_a_store_that_fails_while_a_run_settles_leaves_the_receipt_pending(
+    released: Deployment, network: Proxy, method: str, fault: Fault
+) -> None:
+    """The run is kept all the same; what is pending shows, and goes when the store is well."""
+    environment = {**released.environment, "PAPERCLIP_STORAGE_S3_ENDPOINT": network.url}
+    behind = Operations(config.load(environment))
+    released.opened.append(behind)
+    network.fault = lambda asked, path: fault if asked == method and "/receipts/0" in path else None
+    run = start(behind)
+    behind.runner().work(run, seconds=math.inf)
+    assert network.faults
+    result = behind.result(run)
+    assert (result["kept"], result["anchor"]) == (True, None)
+    assert released.json("receipts", "verify")["not_anchored"] == 1
+    assert released.json("receipts", "list")["receipts"][0]["anchor"] is None
+    with pytest.raises((StorageFault, AnchorTampered)):
+        behind.anchor()
+    network.fault = lambda *_: None
+    behind.runner().anchor()
+    assert _pending(released) == 0
+    check_anchored(released)
+
+
+def test_two_at_once_write_the_same_and_once(locked: Deployment, client: S3Client) -> None:
+    bare = on(locked, s3_bucket="")
+    for _ in range(12):
+        complete(bare, archive=False)
+    assert _pending(locked) == 12
+    both = [on(locked), on(locked)]
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda one: one.operations.anchor(), both))
+    assert {anchor.seq for one in done for anchor in one} == set(range(1, 13))
+    check_anchored(locked)
+    prefix = locked.environment["PAPERCLIP_WORKER_S3_PREFIX"]
+    versions = client.list_object_versions(Bucket=LOCKED, Prefix=prefix)["Versions"]
+    assert len(versions) == len({one["Key"] for one in versions}) == 24
+
+
+def test_a_name_that_is_taken_is_told_and_keeps_no_other_out(released: Deployment, client: S3Client) -> None:
+    complete(released, archive=False)
+    prefix = released.environment["PAPERCLIP_WORKER_S3_PREFIX"]
+    client.put_object(Bucket=embedded.BUCKET, Key=prefix + anchors.head_key(2), Body=b"mine")
+    complete(released, archive=False)
+    complete(released, archive=False)
+    assert [one["anchor"] is None for one in released.json("receipts", "list")["receipts"]] == [False, True, False]
+    check_refusal(released.cli("receipts", "anchor", ok=False), says="heads/0+2.json: .*something else", status=1)
+    check_refusal(released.cli("receipts", "verify", "--from-s3", ok=False), says="does not name this", status=1)
+
+
+def test_a_head_by_an_earlier_key_is_as_good(released: Deployment, tmp_path: Path, signing_key: Path) -> None:
+    """The key changed between the writing of a head and the note of it; an auditor has both public keys."""
+    complete(on(released, s3_bucket=""), archive=False)
+    store = released.operations.store
+    assert store is not None
+    with released.operations.transaction(read_only=True) as connection:
+        receipt = audit.get(connection, 1)
+    store.put_once(anchors.head_key(1), anchors.head_of(receipt, audit.Signer.load(signing_key)).encode(), lock=None)
+    later = tmp_path / "later.pem"
+    audit.keygen(later)
+    assert [one.seq for one in on(released, signing_key_file=str(later)).operations.anchor()] == [1]
+    check_anchored(released)
+
+
+def test_a_settlement_waits_for_few_receipts_only(released: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.runner.MOST_ANCHORED", 2)
+    for _ in range(4):
+        complete(on(released, s3_bucket=""), archive=False)
+    complete(released, archive=False)
+    assert _pending(released) == 3
+    assert sorted(anchor.seq for anchor in released.operations.anchor()) == [3, 4, 5]
+    check_anchored(released)
+
+
+def _verify(deployment: Deployment, beside: witness.Comparison | None = None) -> witness.Testimony:
+    store = deployment.operations.store
+    key = deployment.operations.settings.signing_key_file
+    assert store is not None
+    assert key is not None
+    return witness.verify(store, [audit.Signer.load(key).public], beside=beside)
+
+
+def test_an_object_that_goes_while_the_bucket_is_read_is_told(released: Deployment) -> None:
+    complete(released, archive=False)
+    _answer(released.operations, "GetObject", 404, _ERROR.format("NoSuchKey"))
+    assert "cannot be read back" in _verify(released).flaws[0].what
+
+
+def test_a_store_that_lists_in_no_order_is_not_believed(released: Deployment) -> None:
+    prefix = released.environment["PAPERCLIP_WORKER_S3_PREFIX"] + "receipts/"
+    version = "<VersionId>null</VersionId><Size>1</Size><LastModified>2026-01-01T00:00:00Z</LastModified>"
+    pages = [
+        f"<ListVersionsResult><IsTruncated>{more}</IsTruncated><NextKeyMarker>{name}</NextKeyMarker>"
+        f"<Version><Key>{prefix}{name}</Key>{version}</Version></ListVersionsResult>"
+        for name, more in (("b", "true"), ("a", "false"))
+    ]
+    store = released.operations.store
+    assert store is not None
+    _answer(released.operations, "ListObjectVersions", 200, *pages)
+    with pytest.raises(StorageFault, match="does not list by name"):
+        list(store.history("receipts/"))
+
+
+# -- database against bucket --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def four(released: Deployment) -> Deployment:
+    for _ in range(4):
+        complete(released, archive=False)
+    released.cli("receipts", "verify", "--anchors")
+    return released
+
+
+def _disagree(deployment: Deployment, says: str) -> None:
+    check_refusal(deployment.cli("receipts", "verify", "--anchors", ok=False), says=says, status=1)
+
+
+def test_a_chain_rewritten_with_the_true_key_is_found(four: Deployment, signing_key: Path) -> None:
+    """Whoever holds database and key makes a chain that `verify` cannot fault; the bucket remembers the first."""
+    store = four.operations.store
+    assert store is not None
+    found = {key: store.get(key).body for key in _in_bucket(four)}
+    made = rewritten(found, audit.Signer.load(signing_key))
+    with psycopg.connect(four.environment["DATABASE_URL"]) as connection:
+        for key, raw in made.items():
+            one = Signed.decode(raw)
+            if "heads" not in key:
+                query = "UPDATE paperclip_worker.receipts SET body = %s, hash = %s, signature = %s WHERE seq = %s"
+                seq = json.loads(one.body)["seq"]
+                connection.execute(query, (one.body, one.hash, one.signature, seq))
+        connection.execute("UPDATE paperclip_worker.chain SET hash = %s", (_last_hash(made),))
+    assert four.json("receipts", "verify")["intact"] is True
+    _disagree(four, "receipt 1: the database has another receipt 1 than the bucket")
+    four.query("DELETE FROM paperclip_worker.anchors")
+    _disagree(four, "receipt 1: the database has another receipt 1 than the bucket")
+
+
+def _last_hash(made: dict[str, bytes]) -> str:
+    """The hash of the last of four receipts."""
+    return next(Signed.decode(raw).hash for key, raw in made.items() if key.startswith(f"receipts/{4:012d}-"))
+
+
+def test_receipts_cut_off_or_out_of_the_database_are_found(four: Deployment) -> None:
+    four.query("DELETE FROM paperclip_worker.receipts WHERE seq = 4")
+    _disagree(four, "the database lacks receipt 4")
+    four.query("DELETE FROM paperclip_worker.receipts WHERE seq = 2")
+    found = four.json("receipts", "verify", "--anchors", ok=False)
+    told = [one["what"] for one in found["flaws"]]
+    assert [one for one in told if "the database lacks" in one] == [
+        "the database lacks receipt 2, which the bucket has",
+        "the database lacks receipt 4, which the bucket has",
+    ]
+
+
+def test_the_database_must_not_claim_what_the_bucket_has_not(four: Deployment, client: S3Client) -> None:
+    four.query("UPDATE paperclip_worker.anchors SET key = 'receipts/elsewhere.json' WHERE seq = 3")
+    _disagree(four, "receipt 3: the database says that it is in the bucket as receipts/elsewhere.json")
+    prefix = four.environment["PAPERCLIP_WORKER_S3_PREFIX"]
+    gone = next(key for key in _in_bucket(four) if key.startswith(f"receipts/{4:012d}-"))
+    client.delete_object(Bucket=embedded.BUCKET, Key=prefix + gone)
+    client.delete_object(Bucket=embedded.BUCKET, Key=prefix + anchors.head_key(4))
+    # Cut off with its head, the bucket alone cannot tell; the database can.
+    assert four.cli("receipts", "verify", "--from-s3").returncode == 0
+    found = four.json("receipts", "verify", "--anchors", ok=False)
+    assert any(f"in the bucket as {gone}, and it is not" in one["what"] for one in found["flaws"])
+
+
+def test_a_receipt_settled_while_the_bucket_is_read_is_no_flaw(
+    four: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database is read in one snapshot; what came after it is looked up again."""
+    history = storage.S3Store.history
+    late = iter([lambda: complete(four, archive=False)])
+
+    def settle_first(self: storage.S3Store, prefix: str) -> Iterator[storage.History]:
+        next(late, lambda: None)()
+        return history(self, prefix)
+
+    monkeypatch.setattr(storage.S3Store, "history", settle_first)
+    with four.operations.transaction(read_only=True) as connection:
+        comparison = witness.Comparison(anchors.books(connection))
+        found = _verify(four, comparison)
+    assert (found.flaws, list(comparison.beyond)) == ([], [5])
+    with four.operations.transaction(read_only=True) as connection:
+        comparison.catch_up(anchors.hashes(connection, comparison.beyond))
+    assert comparison.flaws == []

@@ -1,0 +1,240 @@
+"""Anchors: receipts and heads of their chain in the bucket too, where whoever holds the database cannot rewrite them.
+
+An anchor is written after the settlement has committed, never before; what is pending is a receipt without a row
+in `anchors`. Names and bytes follow from the receipt alone, so that any number of workers, killed at any instant,
+write the same objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
+
+from worker import canonical, db
+from worker.audit import RECEIPTS, Receipt
+from worker.errors import AnchorTampered
+from worker.ledger import SCHEMA
+from worker.logs import log
+from worker.storage import Lock
+
+if TYPE_CHECKING:
+    from worker.audit import Signer
+    from worker.config import Settings
+    from worker.storage import S3Store
+
+PREFIX = "receipts/"
+HEADS = PREFIX + "heads/"
+# Receipts are read from the database so many at a time.
+_SLICE = 50
+
+ANCHORS = sa.Table(
+    "anchors",
+    sa.MetaData(schema=SCHEMA),
+    sa.Column("seq", sa.BigInteger),
+    sa.Column("key", sa.Text),
+    sa.Column("locked_until", sa.DateTime(timezone=True)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchor:
+    """Where a receipt is in the bucket, and until when the store says that it cannot be deleted."""
+
+    seq: int
+    key: str
+    locked_until: datetime | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"key": self.key, "locked_until": self.locked_until.isoformat() if self.locked_until else None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signed:
+    """A signed text as an object holds it: `body` byte for byte, its SHA-256 (hex), and who signed that."""
+
+    body: str
+    hash: str
+    signer: str
+    signature: str
+
+    def encode(self) -> bytes:
+        return canonical.encode(vars(self))
+
+    @classmethod
+    def decode(cls, raw: bytes) -> Signed:
+        """The signed text in an object. Raises ValueError for any bytes that `encode` does not make."""
+        try:
+            value = json.loads(raw)
+            if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
+                found = cls(**value)
+                if found.encode() == raw:
+                    return found
+        except (TypeError, RecursionError) as error:
+            raise ValueError("not an object of ours") from error
+        raise ValueError("not an object of ours")
+
+
+def sha256(text: str) -> str:
+    """SHA-256 (hex) of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def key_of(receipt: Receipt) -> str:
+    """The name of a receipt's object."""
+    return f"{PREFIX}{receipt.seq:012d}-{receipt.hash[:16]}.json"
+
+
+def head_key(seq: int) -> str:
+    """The name of the head that says the chain has reached `seq`."""
+    return f"{HEADS}{seq:012d}.json"
+
+
+def signed(receipt: Receipt) -> Signed:
+    """A receipt as its object holds it."""
+    return Signed(body=receipt.body, hash=receipt.hash, signer=receipt.signer, signature=receipt.signature)
+
+
+def head_facts(receipt: Receipt) -> dict[str, Any]:
+    """What a head says. The time is the settlement's: another would differ with each attempt to write it."""
+    time = json.loads(receipt.body).get("settled_at")
+    return {"v": 1, "head": True, "seq": receipt.seq, "hash": receipt.hash, "time": time}
+
+
+def head_of(receipt: Receipt, signer: Signer) -> Signed:
+    """The signed head of a chain that has reached this receipt."""
+    body = canonical.encode({**head_facts(receipt), "signer": signer.fingerprint}).decode()
+    digest = sha256(body)
+    return Signed(body=body, hash=digest, signer=signer.fingerprint, signature=signer.sign(digest))
+
+
+def write(
+    settings: Settings,
+    engine: sa.Engine,
+    store: S3Store,
+    signer: Signer,
+    *,
+    most: int | None = None,
+    every: bool = False,
+) -> list[Anchor]:
+    """Write pending receipts (with `every` all of them) to the bucket in their order, each read back; those written.
+
+    Raises StorageFault or Refused at the first the store does not take, and AnchorTampered, after the others,
+    when something else has the name of one. What was written until then stays and is recorded.
+    """
+    done: list[Anchor] = []
+    tampered: AnchorTampered | None = None
+    lock: Lock | None = None
+    for number, receipt in enumerate(_receipts(engine, settings, every=every)):
+        if number == most:
+            break
+        if number == 0 and store.lockable():
+            lock = Lock(mode=settings.receipt_lock_mode, until=datetime.now(UTC) + settings.receipt_lock)
+        try:
+            anchor = _write_one(store, receipt, signer, lock)
+        except AnchorTampered as error:
+            # One name that somebody took must not keep later receipts out of the bucket.
+            tampered = tampered or error
+            continue
+        _record(engine, settings, anchor)
+        done.append(anchor)
+    if done:
+        log.info("receipts anchored", receipts=len(done), last=done[-1].seq, locked=done[-1].locked_until is not None)
+    if tampered:
+        raise tampered
+    return done
+
+
+def _write_one(store: S3Store, receipt: Receipt, signer: Signer, lock: Lock | None) -> Anchor:
+    """The receipt first: a head must never name what is not there."""
+    key, body = key_of(receipt), signed(receipt).encode()
+    store.put_once(key, body, lock=lock)
+    found = store.get(key)
+    if found.body != body:
+        raise _tampered(key)
+    head = head_key(receipt.seq)
+    store.put_once(head, head_of(receipt, signer).encode(), lock=lock)
+    # A worker with an earlier signing key may have written it: its word is as good, and `verify` judges it.
+    if not says(store.get(head).body, receipt):
+        raise _tampered(head)
+    return Anchor(seq=receipt.seq, key=key, locked_until=found.locked_until)
+
+
+def says(head: bytes, receipt: Receipt) -> bool:
+    """Whether these bytes are a head that names this receipt, whoever signed it."""
+    try:
+        found = Signed.decode(head)
+    except ValueError:
+        return False
+    return found.body.encode() == canonical.encode({**head_facts(receipt), "signer": found.signer})
+
+
+def _tampered(key: str) -> AnchorTampered:
+    return AnchorTampered(
+        f"{key}: the bucket holds something else under this name; is the prefix another deployment's?"
+    )
+
+
+def _receipts(engine: sa.Engine, settings: Settings, *, every: bool) -> Iterator[Receipt]:
+    after = 0
+    while True:
+        query = sa.select(RECEIPTS).where(RECEIPTS.c.seq > after).order_by(RECEIPTS.c.seq).limit(_SLICE)
+        if not every:
+            query = query.where(_pending())
+        with _transaction(engine, settings) as connection:
+            rows = [Receipt(**row._asdict()) for row in connection.execute(query)]
+        yield from rows
+        if len(rows) < _SLICE:
+            return
+        after = rows[-1].seq
+
+
+def _pending() -> sa.ColumnElement[bool]:
+    return ~sa.exists().where(ANCHORS.c.seq == RECEIPTS.c.seq)
+
+
+def _record(engine: sa.Engine, settings: Settings, anchor: Anchor) -> None:
+    # In REPEATABLE READ the row of another worker who wrote the same would be an error.
+    relaxed = engine.execution_options(isolation_level="READ COMMITTED")
+    with _transaction(relaxed, settings) as connection:
+        connection.execute(insert(ANCHORS).values(vars(anchor)).on_conflict_do_nothing())
+
+
+def _transaction(engine: sa.Engine, settings: Settings) -> db.Transaction:
+    return db.transaction(engine, lock=2, statement=settings.statement_timeout)
+
+
+def of(connection: sa.Connection, seqs: Collection[int]) -> dict[int, Anchor]:
+    """The anchors of those of these receipts that have one."""
+    rows = connection.execute(sa.select(ANCHORS).where(ANCHORS.c.seq.in_(seqs)))
+    return {row.seq: Anchor(**row._asdict()) for row in rows}
+
+
+def pending(connection: sa.Connection) -> int:
+    """How many receipts are in the database only."""
+    query = sa.select(sa.func.count()).select_from(RECEIPTS).where(_pending())
+    return connection.execute(query).scalar_one()
+
+
+def books(connection: sa.Connection) -> Iterator[tuple[Receipt, str | None]]:
+    """Every receipt of the database in its order, and the name it has in the bucket where it is anchored."""
+    query = sa.select(RECEIPTS, ANCHORS.c.key.label("key")).join(
+        ANCHORS, ANCHORS.c.seq == RECEIPTS.c.seq, isouter=True
+    )
+    rows = connection.execution_options(stream_results=True).execute(query.order_by(RECEIPTS.c.seq))
+    for row in rows:
+        values = row._asdict()
+        key = values.pop("key")
+        yield Receipt(**values), key
+
+
+def hashes(connection: sa.Connection, seqs: Collection[int]) -> dict[int, str]:
+    """The hashes of those of these receipts that the database has."""
+    rows = connection.execute(sa.select(RECEIPTS.c.seq, RECEIPTS.c.hash).where(RECEIPTS.c.seq.in_(seqs)))
+    return {row.seq: row.hash for row in rows}

@@ -1,0 +1,274 @@
+"""The bucket as a witness: the chain of receipts judged from its objects alone, or against the database.
+
+Needs the bucket and public keys, no database. Every version of every object is read: what was overwritten, or
+hidden by a delete marker, is there still where the bucket keeps versions, and is told. Receipts are held in memory
+a few dozen at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from worker import anchors, audit
+from worker.anchors import HEADS, PREFIX, Signed
+from worker.audit import Flaw, Receipt
+from worker.storage import Missing
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    from worker.storage import History, S3Store, Stored
+
+# Objects are read at the same time, and so many are read ahead.
+_READERS = 8
+_AHEAD = 32
+# No receipt is near this; an object that is would only be there to fill our memory.
+_LARGEST = 16 << 20
+_RECEIPT = re.compile(r"receipts/([0-9]{12})-([0-9a-f]{16})\.json")
+_HEAD = re.compile(r"receipts/heads/([0-9]{12})\.json")
+
+
+@dataclass(kw_only=True)
+class Testimony:
+    """What the bucket says: how many receipts and heads it has, the end of the chain, retention, flaws."""
+
+    receipts: int = 0
+    heads: int = 0
+    head: tuple[int, str] = (0, audit.GENESIS)
+    unlocked: int = 0
+    locked_until: datetime | None = None
+    flaws: list[Flaw] = field(default_factory=list)
+
+    @property
+    def locked(self) -> bool:
+        """Whether the store confirms a retention for every object."""
+        return self.locked_until is not None and not self.unlocked
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "receipts": self.receipts,
+            "heads": self.heads,
+            "head": {"seq": self.head[0], "hash": self.head[1]},
+            "locked": self.locked,
+            "locked_until": self.locked_until.isoformat() if self.locked_until and self.locked else None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Object:
+    """An object whose name is right: the number in it, the bytes first written, and when."""
+
+    seq: int
+    key: str
+    body: bytes
+    at: datetime
+
+
+class _Reader:
+    """Reads the receipts of one bucket in their order, with the head of each beside it."""
+
+    def __init__(self, store: S3Store, trusted: Sequence[Ed25519PublicKey], found: Testimony) -> None:
+        self._store = store
+        self._keys = {audit.fingerprint(key): key for key in trusted}
+        self._found = found
+
+    def _flaw(self, seq: int, what: str) -> None:
+        self._found.flaws.append(Flaw(seq=seq, what=what))
+
+    def receipts(self, pool: ThreadPoolExecutor) -> Iterator[Receipt]:
+        """Every receipt that can be read as one; what is wrong with objects, names and heads goes to the flaws."""
+        heads = self._objects(pool, HEADS, _HEAD)
+        head = next(heads, None)
+        before = 0
+        for item in self._objects(pool, PREFIX, _RECEIPT):
+            receipt = self._receipt(item)
+            if receipt is None:
+                continue
+            if item.seq == before:
+                self._flaw(item.seq, f"there is another receipt {item.seq}, {item.key}")
+                continue
+            before = item.seq
+            while head is not None and head.seq < item.seq:
+                self._flaw(head.seq, f"{head.key} is there and its receipt is not")
+                head = next(heads, None)
+            if head is None or head.seq > item.seq:
+                self._flaw(
+                    item.seq, "its head is missing: removed, or anchoring was cut short (look again in a minute)"
+                )
+            else:
+                self._check_head(head, receipt)
+                head = next(heads, None)
+            yield receipt
+        while head is not None:
+            self._flaw(head.seq, f"{head.key} is there and its receipt is not")
+            head = next(heads, None)
+
+    def _receipt(self, item: _Object) -> Receipt | None:
+        try:
+            signed = Signed.decode(item.body)
+        except ValueError:
+            self._flaw(item.seq, f"{item.key} holds other bytes than a receipt's")
+            return None
+        receipt = Receipt(
+            seq=item.seq,
+            run_id=_run_in(signed.body),
+            body=signed.body,
+            hash=signed.hash,
+            signer=signed.signer,
+            signature=signed.signature,
+            at=item.at,
+        )
+        if anchors.key_of(receipt) != item.key:
+            self._flaw(item.seq, f"{item.key} holds a receipt of another name: renamed, or swapped")
+        return receipt
+
+    def _check_head(self, head: _Object, receipt: Receipt) -> None:
+        self._found.heads += 1
+        try:
+            matches = anchors.says(head.body, receipt)
+        except (ValueError, AttributeError, RecursionError):
+            matches = False  # the receipt is no JSON object, and is told to be none
+        if not matches:
+            self._flaw(receipt.seq, f"{head.key} does not name this receipt")
+            return
+        signed = Signed.decode(head.body)
+        flaws = audit.signature_flaws(signed.hash, signed.signer, signed.signature, self._keys)
+        if anchors.sha256(signed.body) != signed.hash:
+            flaws.insert(0, "it does not have its hash")
+        for what in flaws:
+            self._flaw(receipt.seq, f"{head.key}: {what}")
+
+    def _objects(self, pool: ThreadPoolExecutor, prefix: str, pattern: re.Pattern[str]) -> Iterator[_Object]:
+        """The objects below a prefix by name, read ahead of their use."""
+        waiting: deque[tuple[History, Future[list[Stored] | None]]] = deque()
+        names = (one for one in self._store.history(prefix) if prefix == HEADS or not one.key.startswith(HEADS))
+        last = 0
+        more = True
+        while more or waiting:
+            while more and len(waiting) < _AHEAD:
+                one = next(names, None)
+                more = one is not None
+                if one is not None:
+                    waiting.append((one, pool.submit(self._read, one)))
+            if not waiting:
+                return
+            history, future = waiting.popleft()
+            stored = future.result()
+            name = pattern.fullmatch(history.key)
+            if name is None:
+                self._flaw(last, f"{history.key} is no name of ours")
+                continue
+            last = int(name[1])
+            body = self._judge(last, history, stored)
+            if body is not None:
+                yield _Object(seq=last, key=history.key, body=body, at=history.versions[0].at)
+
+    def _read(self, history: History) -> list[Stored] | None:
+        """Every version, the oldest first; None when one is gone since it was listed, or too large."""
+        if any(version.size > _LARGEST for version in history.versions):
+            return None
+        plain = len(history.versions) == 1 and not history.deleted
+        try:
+            return [
+                self._store.get(history.key, version=None if plain else version.id) for version in history.versions
+            ]
+        except Missing:
+            return None
+
+    def _judge(self, seq: int, history: History, stored: list[Stored] | None) -> bytes | None:
+        """The bytes first written under a name; a later history is a flaw."""
+        if history.deleted:
+            self._flaw(seq, f"{history.key} was deleted: the bucket has a delete marker for it")
+        if stored is None:
+            self._flaw(seq, f"{history.key} cannot be read back, or is too large")
+        if not stored:
+            return None
+        if any(one.body != stored[0].body for one in stored):
+            self._flaw(seq, f"{history.key} was written again with other bytes")
+        until = stored[0].locked_until
+        if until is None:
+            self._found.unlocked += 1
+        elif self._found.locked_until is None or until < self._found.locked_until:
+            self._found.locked_until = until
+        return stored[0].body
+
+
+def _run_in(body: str) -> UUID:
+    """The run a receipt names; where it names none, one that fits no body."""
+    try:
+        return UUID(json.loads(body)["run"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return UUID(int=0)
+
+
+class Comparison:
+    """The receipts of the database beside those of the bucket, both read once, in their order."""
+
+    def __init__(self, books: Iterator[tuple[Receipt, str | None]]) -> None:
+        self._books = books
+        self.flaws: list[Flaw] = []
+        # Beyond the end of the database as it was when the reading began.
+        self.beyond: dict[int, str] = {}
+
+    def through(self, receipts: Iterable[Receipt]) -> Iterator[Receipt]:
+        """Pass the bucket's receipts on and note where the database has others."""
+        own = next(self._books, None)
+        for receipt in receipts:
+            while own is not None and own[0].seq < receipt.seq:
+                self._only_here(*own)
+                own = next(self._books, None)
+            if own is None:
+                self.beyond[receipt.seq] = receipt.hash
+            elif own[0].seq > receipt.seq:
+                self._flaw(receipt.seq, f"the database lacks receipt {receipt.seq}, which the bucket has")
+            else:
+                self._hold_beside(receipt, *own)
+                own = next(self._books, None)
+            yield receipt
+        while own is not None:
+            self._only_here(*own)
+            own = next(self._books, None)
+
+    def _hold_beside(self, receipt: Receipt, own: Receipt, key: str | None) -> None:
+        if anchors.signed(own) != anchors.signed(receipt):
+            self._flaw(receipt.seq, f"the database has another receipt {receipt.seq} than the bucket")
+        elif key not in {None, anchors.key_of(receipt)}:
+            self._flaw(receipt.seq, f"the database says that it is in the bucket as {key}")
+
+    def _only_here(self, receipt: Receipt, key: str | None) -> None:
+        if key is not None:
+            self._flaw(receipt.seq, f"the database says that it is in the bucket as {key}, and it is not")
+
+    def _flaw(self, seq: int, what: str) -> None:
+        self.flaws.append(Flaw(seq=seq, what=what))
+
+    def catch_up(self, now: Mapping[int, str]) -> None:
+        """Judge receipts settled since the reading began, given the hashes the database has of them now."""
+        for seq, digest in self.beyond.items():
+            if now.get(seq) != digest:
+                self._flaw(seq, f"the database lacks receipt {seq}, which the bucket has")
+
+
+def verify(store: S3Store, trusted: Sequence[Ed25519PublicKey], *, beside: Comparison | None = None) -> Testimony:
+    """Judge the chain in the bucket, and hold it beside the database's where that is given.
+
+    No receipt at all is a flaw: found nothing is suspicious.
+    """
+    found = Testimony()
+    with ThreadPoolExecutor(_READERS) as pool:
+        receipts = _Reader(store, trusted, found).receipts(pool)
+        chain = beside.through(receipts) if beside else receipts
+        found.receipts, found.head, flaws = audit.verify_chain(chain, trusted)
+    found.flaws += flaws
+    if not found.receipts and not found.flaws:
+        found.flaws.append(Flaw(seq=0, what="there is no receipt: another prefix, or all of them are gone"))
+    found.flaws.sort(key=lambda flaw: flaw.seq)
+    return found
