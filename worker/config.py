@@ -81,9 +81,7 @@ class Settings(BaseModel):
     receipt_lock_mode: Literal["governance", "compliance"] = Field(
         "governance", validation_alias=_env("PAPERCLIP_WORKER_RECEIPT_LOCK_MODE")
     )
-    receipt_lock: Annotated[Duration, Field(le=_LONGEST_LOCK)] = Field(
-        timedelta(days=2555), validation_alias=_env("PAPERCLIP_WORKER_RECEIPT_LOCK")
-    )
+    receipt_lock: Duration = Field(timedelta(days=2555), validation_alias=_env("PAPERCLIP_WORKER_RECEIPT_LOCK"))
     catalogue_file: Path | None = Field(None, validation_alias=_env("PAPERCLIP_WORKER_CATALOGUE_FILE"))
 
     bite_seconds: Annotated[float, Field(ge=0.005, le=5)] = Field(
@@ -163,6 +161,13 @@ class Settings(BaseModel):
             parts = urlsplit(value)
             if parts.scheme not in {"http", "https"} or not parts.hostname:
                 raise ValueError("must be an http:// or https:// URL")
+        return value
+
+    @field_validator("receipt_lock")
+    @classmethod
+    def _a_lock_that_s3_has(cls, value: timedelta) -> timedelta:
+        if value > _LONGEST_LOCK:
+            raise ValueError("must not be longer than 100 years (36500d)")
         return value
 
     @field_validator("s3_prefix")
