@@ -201,7 +201,7 @@ def _next_settlement(deployment: Deployment) -> None:
 def _rescue(deployment: Deployment) -> None:
     settings = deployment.operations.settings
     celery = app.make(settings)
-    site = Site(settings, celery, timetable.load(settings))
+    site = Site(settings, timetable.load(settings), celery)
     site.rescue()
     site.operations.close()
     celery.close()

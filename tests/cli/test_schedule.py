@@ -22,7 +22,7 @@ from worker.job import Job
 from worker.states import State
 from worker.timetable import Timetable
 
-ACTIVITY, EVENTS = schedules.SCHEDULE
+ACTIVITY, EVENTS, *_ = schedules.SCHEDULE
 DAY = timedelta(days=1)
 Samples = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -18,7 +18,7 @@ from worker.errors import Refused, SettingsError
 from worker.job import Job, Overdue, Plan, Target
 from worker.timetable import MOST_MISSED, Timetable
 
-ACTIVITY, EVENTS = schedules.SCHEDULE
+ACTIVITY, EVENTS, *_ = schedules.SCHEDULE
 NOW = datetime(2026, 9, 20, 12, tzinfo=UTC)
 _CHANGES = f"""
 [entry.{ACTIVITY}]
