@@ -7,110 +7,22 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
 import pytest
-import sqlalchemy as sa
 import zstandard
 
 from tests.benchmarks import bench
-from tests.conftest import NOW, ROOT
-from worker import audit, embedded, ledger
-from worker.layouts import demo_schema
+from tests.benchmarks.bench import MILLION, Bench, Worker, run_job
+from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(3600)]
 
-MILLION = 1_000_000
 
-
-class Bench:
-    """One set of servers with production durability, and template databases of several sizes."""
-
-    def __init__(self, servers: embedded.Embedded, key: Path) -> None:
-        self._servers, self._key = servers, key
-        self.admin = servers.environment()["DATABASE_URL"]
-        self._made: set[int] = set()
-
-    def database(self, rows: int) -> dict[str, str]:
-        """The environment of a fresh copy of a log of so many rows."""
-        template = f"log{rows}"
-        if rows not in self._made:
-            with psycopg.connect(self.admin, autocommit=True) as connection:
-                connection.execute(f"CREATE DATABASE {template}".encode())
-            url = self._servers.environment(template)["DATABASE_URL"]
-            engine = sa.create_engine(url.replace("postgres://", "postgresql+psycopg://", 1))
-            with engine.begin() as connection:
-                demo_schema.create(connection, "paperclip")
-                demo_schema.seed(connection, "paperclip", rows=1_000, now=NOW, companies=8)
-            ledger.init(engine)
-            engine.dispose()
-            bench.fill(url, rows)
-            self._made.add(rows)
-        bench.copy_of(self.admin, template, "bench")
-        return {
-            **self._servers.environment("bench"),
-            "PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(self._key),
-            "PATH": "/usr/bin:/bin",
-        }
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    key = tmp_path_factory.mktemp("key") / "signing.pem"
-    audit.keygen(key)
-    settings = {"shared_buffers": "2GB", "max_wal_size": "8GB", "checkpoint_timeout": "30min"}
-    with embedded.start(postgres_settings=settings) as servers:
-        yield Bench(servers, key)
-
-
-def _cli(environment: dict[str, str], *words: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), *words], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def _run(environment: dict[str, str], *words: str, worker: bool) -> tuple[int, float]:
-    """Rows and seconds, entered to settled, of a run by a real worker with its default two processes, or inline."""
-    where = [] if worker else ["--inline"]
-    result = _cli(environment, "run", "prune-logs", "--older-than", bench.EXPIRED, "--yes", "--json", *where, *words)
-    assert result["kept"]
-    began, ended = (datetime.fromisoformat(result[name]) for name in ("created_at", "settled_at"))
-    return result["rows"], (ended - began).total_seconds()
-
-
-class _Worker:
-    def __init__(self, environment: dict[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "cli.py"), "worker"],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        time.sleep(4)
-
-    def peak(self) -> int:
-        """Peak resident memory of the largest process of the worker, in MB."""
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        peaks = []
-        for pid in [str(self._process.pid), *children]:
-            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM"):
-                    peaks.append(int(line.split()[1]) // 1024)
-        return max(peaks)
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(30)
+def _prune(environment: dict[str, str], *words: str, worker: bool) -> tuple[int, float]:
+    return run_job(environment, "prune-logs", "--older-than", bench.EXPIRED, *words, worker=worker)
 
 
 def test_without_archive(large: Bench, capsys: Any) -> None:
@@ -124,12 +36,12 @@ def test_without_archive(large: Bench, capsys: Any) -> None:
         rates["giant"].append(rows / seconds)
         waits["giant"].append(report())
         environment = large.database(MILLION)
-        with _Worker(environment), bench.writer(environment["DATABASE_URL"]) as report:
-            done, seconds = _run(environment, "--without-archive", worker=True)
+        with Worker(environment), bench.writer(environment["DATABASE_URL"]) as report:
+            done, seconds = _prune(environment, "--without-archive", worker=True)
         assert abs(done - rows) < 100  # the horizon moves on by a few rows between the two
         rates["worker"].append(done / seconds)
         waits["worker"].append(report())
-        done, seconds = _run(large.database(MILLION), "--without-archive", worker=False)
+        done, seconds = _prune(large.database(MILLION), "--without-archive", worker=False)
         rates["inline"].append(done / seconds)
     limit = bench.median(rates["giant"])
     bench.say(
@@ -187,11 +99,11 @@ def test_with_archive(large: Bench, capsys: Any) -> None:
         copies.append(_copy_through_zstd(environment))
         naive.append(_naive(environment))
         environment = large.database(MILLION)
-        with _Worker(environment) as worker:
-            rows, seconds = _run(environment, worker=True)
+        with Worker(environment) as worker:
+            rows, seconds = _prune(environment, worker=True)
             peaks.append(worker.peak())
         ours.append(rows / seconds)
-        rows, seconds = _run(large.database(MILLION), worker=False)
+        rows, seconds = _prune(large.database(MILLION), worker=False)
         inline.append(rows / seconds)
     limit, slow = bench.median(copies), bench.median(naive)
     for name, rates in (("worker", ours), ("inline", inline)):
@@ -211,7 +123,7 @@ def test_cost_is_flat(large: Bench, capsys: Any) -> None:
     for rows in (MILLION // 2, MILLION, 4 * MILLION):
         each = []
         for _ in range(bench.REPEATS):
-            done, seconds = _run(large.database(rows), "--without-archive", worker=False)
+            done, seconds = _prune(large.database(rows), "--without-archive", worker=False)
             each.append(seconds / done * 1e6)
         costs[rows] = bench.median(each)
         bench.say(capsys, f"{rows / MILLION:.1f} M rows: {costs[rows]:.2f} us a row")
