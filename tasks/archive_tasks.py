@@ -75,10 +75,12 @@ class ArchiveTasks(Job):
 
     def check(self, means: Means) -> None:
         means.require_companies(self.company)
-        if self.undo is None:
-            self._cutoffs(means)
-        else:
-            means.tasks.require_undoable(self.undo, job=self.name)
+        if self.undo is not None:
+            means.tasks.require_undoable(self.undo, self.company, job=self.name)
+            return
+        self._cutoffs(means)
+        if means.run is not None:
+            means.tasks.require_not_undone(means.run)
 
     def plan(self, means: Means) -> Plan:
         rows = self._rows(means)
