@@ -71,6 +71,8 @@ class ArchiveTasks(Job):
     @classmethod
     def rights(cls, layout: Layout) -> Iterable[Right]:
         yield from may_read(layout.tasks.reads())
+        # The size of a row is that of all its columns.
+        yield Right(verb="SELECT", table=layout.tasks.table)
         yield Right(verb="UPDATE", table=layout.tasks.table, columns=tuple(layout.tasks.back))
 
     def check(self, means: Means) -> None:
