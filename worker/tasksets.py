@@ -152,8 +152,11 @@ class TaskSets:
     def _undone_by(self, run: UUID) -> dict[UUID | None, UUID]:
         """The runs that kept the promise to undo this one, by company; None stands for every company."""
         runs = ledger.RUNS.c
-        query = sa.select(runs.id, runs.params).where(runs.params["undo"].astext == str(run), runs.state == State.KEPT)
+        query = sa.select(runs.id, runs.params).where(
+            runs.params["undo"].astext == str(run), runs.state == State.KEPT
+        )
         found: dict[UUID | None, UUID] = {}
         for by, params in self._connection.execute(query):
-            found |= {UUID(one): by for one in params["company"]} or {None: by}
+            whose: list[UUID | None] = [UUID(one) for one in params["company"]]
+            found |= dict.fromkeys(whose or [None], by)
         return found

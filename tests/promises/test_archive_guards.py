@@ -1,4 +1,4 @@
-"""archive-tasks on the released layout: each guard holds a task back that would go without it, and lets it go after."""
+"""archive-tasks on the released layout: each guard holds a task back that would go without it, and then lets it go."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _DECISION = (
     "%(run)s, 'which', 'one', '[]', '{status}', now() + interval '1 day', 'x', '{{}}')"
 )
 _TOOL = (
-    "INSERT INTO tool_invocations (id, company_id, actor_type, tool_name, matched_policy_ids, approval_state, status) "
-    "VALUES (%(third)s, %(company)s, 'agent', 'send', '[]', 'pending', 'pending')",
+    "INSERT INTO tool_invocations (id, company_id, actor_type, tool_name, matched_policy_ids, approval_state, "
+    "status) VALUES (%(third)s, %(company)s, 'agent', 'send', '[]', 'pending', 'pending')",
     "INSERT INTO tool_action_requests (id, company_id, invocation_id, issue_id, canonical_arguments_hash, "
     "canonical_arguments_summary, status) "
     "VALUES (%(other)s, %(company)s, %(third)s, %(task)s, 'x', '{{}}', '{status}')",
@@ -55,8 +55,8 @@ _MEMBER = (
     "VALUES (%(company)s, %(other)s, %(task)s, 1, 'own', 'todo')"
 )
 _RECOVERY = (
-    "INSERT INTO issue_recovery_actions (id, company_id, source_issue_id, recovery_issue_id, kind, owner_type, cause, "
-    "fingerprint, evidence, next_action, attempt_count, status) VALUES (%(other)s, %(company)s, %({source})s, "
+    "INSERT INTO issue_recovery_actions (id, company_id, source_issue_id, recovery_issue_id, kind, owner_type, "
+    "cause, fingerprint, evidence, next_action, attempt_count, status) VALUES (%(other)s, %(company)s, %({source})s, "
     "%({repair})s, 'stranded', 'agent', 'lost', 'x', '{{}}', 'look', 0, '{status}')"
 )
 _OPENED = "INSERT INTO issues (id, company_id, title, status) VALUES (%({name})s, %(company)s, 'open', 'todo')"
@@ -64,7 +64,9 @@ _BLOCKS = (
     "INSERT INTO issue_relations (id, company_id, issue_id, related_issue_id, type) "
     "VALUES (%(third)s, %(company)s, %(task)s, %(other)s, 'blocks')"
 )
-_CANCELLED = "UPDATE issues SET status = 'cancelled', cancelled_at = completed_at, completed_at = NULL WHERE id = %(task)s"
+_CANCELLED = (
+    "UPDATE issues SET status = 'cancelled', cancelled_at = completed_at, completed_at = NULL WHERE id = %(task)s"
+)
 
 
 def _status(table: str, status: str) -> str:
@@ -131,7 +133,9 @@ _CASES: dict[str, _Case] = {
     ),
     **{
         f"interaction {status}": _Case(
-            "answer_pending", (_INTERACTION.format(status=status),), (_status("issue_thread_interactions", "answered"),)
+            "answer_pending",
+            (_INTERACTION.format(status=status),),
+            (_status("issue_thread_interactions", "answered"),),
         )
         for status in ("pending", "unheard_of")
     },

@@ -148,8 +148,8 @@ def _open_child(board: Board, task: UUID) -> None:
 
 def _begin_work(board: Board, task: UUID) -> None:
     board.sql(
-        "UPDATE heartbeat_runs SET status = 'running', context_snapshot = jsonb_build_object('issueId', %(task)s::text) "
-        "WHERE id = %(run)s",
+        "UPDATE heartbeat_runs SET status = 'running', "
+        "context_snapshot = jsonb_build_object('issueId', %(task)s::text) WHERE id = %(run)s",
         task=task,
     )
 
