@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
 from psycopg import sql
+
+from tests.conftest import ROOT
 
 REPEATS = 3
 # Half of the rows are older than this many days.
@@ -52,31 +58,28 @@ def fill(url: str, rows: int) -> None:
         connection.execute("VACUUM ANALYZE")
 
 
-def expired(url: str) -> list[tuple[str]]:
-    with psycopg.connect(url) as connection:
-        return connection.execute(
-            "SELECT id::text FROM activity_log WHERE created_at < now() - '100 days'::interval "
-            "ORDER BY random() LIMIT 20000"
-        ).fetchall()
+_GOING = "SELECT id::text FROM activity_log WHERE created_at < now() - '100 days'::interval"
+_TOUCH = "SELECT 1 FROM activity_log WHERE id = %s FOR KEY SHARE"
 
 
 @contextmanager
-def writer(url: str) -> Iterator[Callable[[], dict[str, float]]]:
-    """A concurrent writer that locks the keys of rows that are going; gives p50, p99 and max wait in ms."""
-    ids = [row[0] for row in expired(url)]
+def writer(url: str, *, going: str = _GOING, touch: str = _TOUCH) -> Iterator[Callable[[], dict[str, float]]]:
+    """A concurrent writer that locks (`touch`) rows that are `going`; gives p50, p99 and max wait in ms."""
+    with psycopg.connect(url) as connection:
+        ids = [row[0] for row in connection.execute(f"{going} ORDER BY random() LIMIT 20000".encode())]
     waits: list[float] = []
     stop = threading.Event()
 
-    def touch() -> None:
+    def write() -> None:
         chooser = random.Random(7)
         with psycopg.connect(url, autocommit=True) as connection:
             while not stop.is_set():
                 began = time.perf_counter()
-                connection.execute("SELECT 1 FROM activity_log WHERE id = %s FOR KEY SHARE", (chooser.choice(ids),))
+                connection.execute(touch.encode(), (chooser.choice(ids),))
                 waits.append((time.perf_counter() - began) * 1000)
                 time.sleep(0.002)
 
-    thread = threading.Thread(target=touch)
+    thread = threading.Thread(target=write)
     thread.start()
 
     def report() -> dict[str, float]:
@@ -132,3 +135,43 @@ def copy_of(admin_url: str, template: str, name: str) -> None:
         query = "CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY"
         connection.execute(sql.SQL(query).format(sql.Identifier(name), sql.Identifier(template)))
         connection.execute("CHECKPOINT")
+
+
+def cli(environment: dict[str, str], *words: str) -> dict[str, Any]:
+    """What a command prints as JSON."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *words], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+class Worker:
+    """A real worker with its default two processes."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "cli.py"), "worker"],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(4)
+
+    def peak(self) -> int:
+        """Peak resident memory of the largest process of the worker, in MB."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        peaks = []
+        for pid in [str(self._process.pid), *children]:
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                if line.startswith("VmHWM"):
+                    peaks.append(int(line.split()[1]) // 1024)
+        return max(peaks)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(30)

@@ -67,50 +67,15 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         yield Bench(servers, key)
 
 
-def _cli(environment: dict[str, str], *words: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), *words], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 def _run(environment: dict[str, str], *words: str, worker: bool) -> tuple[int, float]:
     """Rows and seconds, entered to settled, of a run by a real worker with its default two processes, or inline."""
     where = [] if worker else ["--inline"]
-    result = _cli(environment, "run", "prune-logs", "--older-than", bench.EXPIRED, "--yes", "--json", *where, *words)
+    result = bench.cli(
+        environment, "run", "prune-logs", "--older-than", bench.EXPIRED, "--yes", "--json", *where, *words
+    )
     assert result["kept"]
     began, ended = (datetime.fromisoformat(result[name]) for name in ("created_at", "settled_at"))
     return result["rows"], (ended - began).total_seconds()
-
-
-class _Worker:
-    def __init__(self, environment: dict[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "cli.py"), "worker"],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        time.sleep(4)
-
-    def peak(self) -> int:
-        """Peak resident memory of the largest process of the worker, in MB."""
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        peaks = []
-        for pid in [str(self._process.pid), *children]:
-            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM"):
-                    peaks.append(int(line.split()[1]) // 1024)
-        return max(peaks)
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(30)
 
 
 def test_without_archive(large: Bench, capsys: Any) -> None:
@@ -124,7 +89,7 @@ def test_without_archive(large: Bench, capsys: Any) -> None:
         rates["giant"].append(rows / seconds)
         waits["giant"].append(report())
         environment = large.database(MILLION)
-        with _Worker(environment), bench.writer(environment["DATABASE_URL"]) as report:
+        with bench.Worker(environment), bench.writer(environment["DATABASE_URL"]) as report:
             done, seconds = _run(environment, "--without-archive", worker=True)
         assert abs(done - rows) < 100  # the horizon moves on by a few rows between the two
         rates["worker"].append(done / seconds)
@@ -187,7 +152,7 @@ def test_with_archive(large: Bench, capsys: Any) -> None:
         copies.append(_copy_through_zstd(environment))
         naive.append(_naive(environment))
         environment = large.database(MILLION)
-        with _Worker(environment) as worker:
+        with bench.Worker(environment) as worker:
             rows, seconds = _run(environment, worker=True)
             peaks.append(worker.peak())
         ours.append(rows / seconds)

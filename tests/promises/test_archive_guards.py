@@ -1,4 +1,4 @@
-"""archive-tasks on the released layout: each guard holds a task back that would go without it, and then lets it go."""
+"""archive-tasks on the released layout: each guard holds a task back that would go without it, then lets it go."""
 
 from __future__ import annotations
 
