@@ -35,7 +35,8 @@ _FILL = {
     "guide": (
         f"INSERT INTO tasks (id, company_id, title, description, status, created_at, updated_at) "
         f"SELECT md5('t' || g)::uuid, c.id, 'Task ' || g, {_BODY}, "
-        f"CASE WHEN g % 12 = 0 THEN 'todo' ELSE 'completed' END, {_AT} - interval '9 days', {_AT} {_PLACES} ORDER BY g",
+        f"CASE WHEN g % 12 = 0 THEN 'todo' ELSE 'completed' END, {_AT} - interval '9 days', {_AT} {_PLACES} "
+        f"ORDER BY g",
     ),
     # A tenth are children, a few are open; runs of half of the tasks, blockers, answered and open questions.
     "paperclip": (
@@ -43,7 +44,7 @@ _FILL = {
         f"created_at, updated_at) "
         f"SELECT md5('t' || g)::uuid, c.id, 'Task ' || md5(g::text), {_BODY}, "
         f"CASE WHEN g % 12 = 0 THEN 'todo' ELSE 'done' END, 'B-' || g, "
-        f"CASE WHEN g % 10 = 9 THEN md5('t' || g - 8 * (g / 8 > 1)::int)::uuid END, "
+        f"CASE WHEN g % 10 = 9 AND g > 9 THEN md5('t' || g - 8)::uuid END, "
         f"CASE WHEN g % 12 > 0 THEN {_AT} END, {_AT} - interval '9 days', {_AT} {_PLACES} ORDER BY g",
         f"INSERT INTO heartbeat_runs (company_id, agent_id, status, context_snapshot, created_at) "
         f"SELECT c.id, (SELECT id FROM agents WHERE company_id = c.id LIMIT 1), "

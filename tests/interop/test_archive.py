@@ -16,8 +16,8 @@ pytestmark = pytest.mark.interop
 _BUT_HIDDEN = "SELECT id::text, md5((to_jsonb(t) - 'hidden_at')::text) FROM issues t ORDER BY id"
 _CONVERSATION = (
     "INSERT INTO issues (id, company_id, title, status, assignee_agent_id, conversation_agent_id, "
-    "conversation_user_id, conversation_state, created_at, updated_at) VALUES (%(task)s, %(company)s, 'talk', 'todo', "
-    "%(agent)s, %(agent)s, 'someone', 'waiting', now() - interval '90 days', now() - interval '90 days')"
+    "conversation_user_id, conversation_state, created_at, updated_at) VALUES (%(task)s, %(company)s, 'talk', "
+    "'todo', %(agent)s, %(agent)s, 'someone', 'waiting', now() - interval '90 days', now() - interval '90 days')"
 )
 
 

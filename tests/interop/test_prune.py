@@ -56,4 +56,4 @@ def test_db_check_knows_all_of_it(real: Deployment) -> None:
     assert found["layout"] == "paperclip"
     assert found["missing"] == found["changed"] == found["unknown"] == []
     assert found["tables"] == 210
-    assert found["jobs"] == dict.fromkeys(registry.jobs(), [])
+    assert found["jobs"] == {name: [] for name in registry.jobs()}
