@@ -65,8 +65,8 @@ def _block_shards(rows: RowSet, connection: sa.Connection) -> Iterator[Shard]:
     # Where old rows are is enough here: what a keep holds back is few, and asking would cost a second plan.
     blocks, _ = _extent(rows, connection)
     # In one pass: a scan for each window leaves the planner to choose what it does again for each of them.
-    block = sa.func.generate_series(0, max(blocks - 1, 0), WINDOW_BLOCKS).column_valued("block")
-    starts = sa.select(sa.func.array_agg(postgresql.aggregate_order_by(tid(block), block))).scalar_subquery()
+    place = sa.func.generate_series(0, max(blocks - 1, 0), WINDOW_BLOCKS).column_valued("place")
+    starts = sa.select(sa.func.array_agg(postgresql.aggregate_order_by(tid(place), place))).scalar_subquery()
     first = ((sa.func.width_bucket(CTID, starts) - 1) * WINDOW_BLOCKS).label("first")
     counted = connection.execute(
         sa.select(first, sa.func.count()).select_from(rows.what.table).where(rows.old).group_by(first)
