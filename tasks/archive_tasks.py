@@ -71,14 +71,18 @@ class ArchiveTasks(Job):
     @classmethod
     def rights(cls, layout: Layout) -> Iterable[Right]:
         yield from may_read(layout.tasks.reads())
+        # The size of a row is that of all its columns.
+        yield Right(verb="SELECT", table=layout.tasks.table)
         yield Right(verb="UPDATE", table=layout.tasks.table, columns=tuple(layout.tasks.back))
 
     def check(self, means: Means) -> None:
         means.require_companies(self.company)
-        if self.undo is None:
-            self._cutoffs(means)
-        else:
-            means.tasks.require_undoable(self.undo, job=self.name)
+        if self.undo is not None:
+            means.tasks.require_undoable(self.undo, self.company, job=self.name)
+            return
+        self._cutoffs(means)
+        if means.run is not None:
+            means.tasks.require_not_undone(means.run)
 
     def plan(self, means: Means) -> Plan:
         rows = self._rows(means)

@@ -181,7 +181,7 @@ class Operations:
         if run.state not in RESUMABLE:
             raise Refused(f"run {run.id} is {run.state}; only a stopped or failed run can be resumed")
         job = params.from_json(registry.job(run.job), run.params)
-        with self._checked(job, run.now) as means:
+        with self._checked(job, run.now, run=run.id) as means:
             objects = ledger.objects(means.connection, run.id)
         if objects and self.store is None:
             raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set, and the run has an archive there")
@@ -247,7 +247,9 @@ class Operations:
         return runs
 
     @contextmanager
-    def _checked(self, job: Job, now: datetime, rules: Rules = IN_FORCE) -> Iterator[Means]:
+    def _checked(
+        self, job: Job, now: datetime, rules: Rules = IN_FORCE, *, run: UUID | None = None
+    ) -> Iterator[Means]:
         """A read-only scan of the live database, once the job is known to fit it."""
         with self.transaction(scan=True, read_only=True) as connection:
             layout = layouts.detect(connection)
@@ -258,6 +260,7 @@ class Operations:
                 now=now,
                 layout=layout,
                 settings=self.settings,
+                run=run,
                 store=self.store,
                 rules=rules,
             )

@@ -123,7 +123,7 @@ class RowSet:
         free = connection.scalars(
             sa.select(self.what.key)
             .where(batch.window, self.eligible)
-            .with_for_update(of=self.what.table, skip_locked=True)
+            .with_for_update(of=self.what.table, skip_locked=True, key_share=self.what.updated)
         ).all()
         window = sa.and_(batch.window, self.what.key == sa.any_(sa.literal(list(free), sa.ARRAY(self.what.key.type))))
         return Batch(after=batch.after, window=window, exhausted=batch.exhausted)

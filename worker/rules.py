@@ -56,9 +56,10 @@ def add_hold(
 def look_at_release(deployment: Operations, name: str, jobs: Iterable[Job]) -> tuple[Hold, Doomed]:
     """A hold by the start of its id, and what the next runs take once it is released."""
     with deployment.transaction(read_only=True) as connection:
-        ledger.require(connection)
+        layout = _ready(connection)
         hold = holds.find(connection, name)
-    return hold, newly_doomed(deployment, jobs, Rules(holds=lambda found: found.without(hold.id)))
+    able = [job for job in jobs if _fits(job, layout)]
+    return hold, newly_doomed(deployment, able, Rules(holds=lambda found: found.without(hold.id)))
 
 
 def release_hold(deployment: Operations, hold: Hold, *, reason: str, actor: str) -> None:
@@ -127,6 +128,15 @@ def _company(connection: sa.Connection, layout: Layout, table: str, name: str | 
     if layout.records(table).company is None:
         raise Refused(f"--company: the rows of {table} belong to no company")
     return UUID(holds.resolve(connection, layout, "company", name))
+
+
+def _fits(job: Job, layout: Layout) -> bool:
+    """Whether a layout has what a job is about; one that it does not have takes nothing there."""
+    try:
+        job.needs(layout)
+    except Refused:
+        return False
+    return True
 
 
 def _ready(connection: sa.Connection) -> Layout:

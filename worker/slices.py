@@ -64,15 +64,14 @@ def _extent(rows: RowSet, connection: sa.Connection) -> tuple[int, float]:
 def _block_shards(rows: RowSet, connection: sa.Connection) -> Iterator[Shard]:
     # Where old rows are is enough here: what a keep holds back is few, and asking would cost a second plan.
     blocks, _ = _extent(rows, connection)
-    first = sa.func.generate_series(0, max(blocks - 1, 0), WINDOW_BLOCKS).column_valued("first")
-    inside = (
-        sa.select(sa.func.count())
-        .select_from(rows.what.table)
-        .where(tid(first) <= CTID, tid(first + WINDOW_BLOCKS) > CTID, rows.old)
-        .scalar_subquery()
+    # In one pass: a scan for each window leaves the planner to choose what it does again for each of them.
+    place = sa.func.generate_series(0, max(blocks - 1, 0), WINDOW_BLOCKS).column_valued("place")
+    starts = sa.select(sa.func.array_agg(postgresql.aggregate_order_by(tid(place), place))).scalar_subquery()
+    first = ((sa.func.width_bucket(CTID, starts) - 1) * WINDOW_BLOCKS).label("first")
+    counted = connection.execute(
+        sa.select(first, sa.func.count()).select_from(rows.what.table).where(rows.old).group_by(first)
     )
-    counted = connection.execute(sa.select(first, inside))
-    windows = sorted((int(block), int(found)) for block, found in counted if found)
+    windows = sorted((int(start), int(found)) for start, found in counted)
     total = sum(found for _, found in windows)
     number = min(MOST_SHARDS, max(1, total // SHARD_ROWS))
     share, held, rows_held = -(-total // number), list[list[int]](), 0

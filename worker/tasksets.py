@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 
 from worker import ledger
 from worker.errors import Refused, UnderWay
@@ -51,8 +52,11 @@ class TaskSets:
         done = self._changed(rows, batch, self._tasks.archived(self._means.now))
         run = sa.literal(self._means.run, sa.Uuid())
         values = sa.select(run, done.c.task, sa.cast(done.c.company, sa.Uuid), done.c.mark)
-        note = sa.insert(NOTES).from_select(["run_id", "task", "company", "mark"], values).cte("note")
-        return totals(self._connection, self._tasks.name, done, note)
+        note = postgresql.insert(NOTES).from_select(["run_id", "task", "company", "mark"], values)
+        # Whoever brings a task back while the run goes on has it archived again by the second sweep.
+        again = {"mark": note.excluded.mark, "undone_by": None}
+        note = note.on_conflict_do_update(index_elements=["run_id", "task"], set_=again)
+        return totals(self._connection, self._tasks.name, done, note.cte("note"))
 
     def bring_back(self, rows: RowSet, batch: Batch, *, of: UUID) -> Tally:
         """Bring a batch's tasks back as they were before run `of`, and note by which run."""
@@ -85,12 +89,18 @@ class TaskSets:
     def archived_by(self, run: UUID, companies: tuple[UUID, ...]) -> RowSet:
         """The tasks that a run archived and nobody has brought back, but for those changed since."""
         of_task = sa.and_(NOTES.c.run_id == run, NOTES.c.task == self._tasks.key)
-        note = sa.exists(NOTES.c.task).where(of_task, NOTES.c.undone_by.is_(None))
+
+        def noted(what: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+            # A scalar, by the notes' primary key: an EXISTS the planner may begin with, for each bite anew, at every
+            # note of the run, because the notes are too fresh for statistics.
+            return sa.func.coalesce(sa.select(what).where(of_task).scalar_subquery(), sa.false())
+
         changed = Keep(
             reason="changed",
             why="somebody has changed the task since it was archived",
-            rows=sa.exists(NOTES.c.task).where(of_task, NOTES.c.mark != self._tasks.mark),
+            rows=noted(NOTES.c.mark != self._tasks.mark),
         )
+        note = noted(NOTES.c.undone_by.is_(None))
         what = replace(self._tasks, among=note, keeps=())
         return RowSet(what=what, cutoffs=_ANY_AGE, companies=companies, keeps=(changed,))
 
@@ -122,8 +132,8 @@ class TaskSets:
         )
         return {row.company: row.number for row in self._connection.execute(query)}
 
-    def require_undoable(self, run: UUID, *, job: str) -> None:
-        """Refused when a run is not one of `job`, archived nothing, or was undone already."""
+    def require_undoable(self, run: UUID, companies: tuple[UUID, ...], *, job: str) -> None:
+        """Refused when a run is not one of `job`, archived nothing of these companies, or was undone already."""
         found = ledger.get(self._connection, run)
         if found is None or found.job != job:
             raise Refused(f"--undo: run {run} is not a run of {job}")
@@ -131,15 +141,28 @@ class TaskSets:
             raise Refused(f"--undo: run {run} itself undid run {of}; to archive the tasks again, run {job}")
         if found.state in ACTIVE:
             raise UnderWay(f"--undo: run {run} is under way ({found.state}); stop it first")
+        archived = set(self._connection.scalars(sa.select(NOTES.c.company).where(NOTES.c.run_id == run).distinct()))
+        if not (asked := archived.intersection(companies or archived)):
+            raise Refused(f"--undo: run {run} archived nothing{' of that company' if companies else ''}")
         undone = self._undone_by(run)
-        if undone is not None:
-            raise Refused(f"--undo: run {run} was undone already, by run {undone}")
-        if self._connection.scalar(sa.select(NOTES.c.task).where(NOTES.c.run_id == run).limit(1)) is None:
-            raise Refused(f"--undo: run {run} archived nothing")
+        if all(None in undone or company in undone for company in asked):
+            by = undone.get(None) or undone[min(asked)]
+            raise Refused(f"--undo: run {run} was undone already, by run {by}")
 
-    def _undone_by(self, run: UUID) -> UUID | None:
-        """The other run that kept the promise to undo this one, if there is one."""
+    def require_not_undone(self, run: UUID) -> None:
+        """Refused when tasks that a run archived were brought back: going on with it would archive the rest."""
+        query = sa.select(NOTES.c.undone_by).where(NOTES.c.run_id == run, NOTES.c.undone_by.is_not(None)).limit(1)
+        if (by := self._connection.scalar(query)) is not None:
+            raise Refused(f"run {run} was undone by run {by}; to archive the tasks after all, start another run")
+
+    def _undone_by(self, run: UUID) -> dict[UUID | None, UUID]:
+        """The runs that kept the promise to undo this one, by company; None stands for every company."""
         runs = ledger.RUNS.c
-        query = sa.select(runs.id).where(runs.params["undo"].astext == str(run), runs.state == State.KEPT).limit(1)
-        found: UUID | None = self._connection.scalar(query)
+        query = sa.select(runs.id, runs.params).where(
+            runs.params["undo"].astext == str(run), runs.state == State.KEPT
+        )
+        found: dict[UUID | None, UUID] = {}
+        for by, params in self._connection.execute(query):
+            whose: list[UUID | None] = [UUID(one) for one in params["company"]]
+            found |= dict.fromkeys(whose or [None], by)
         return found

@@ -63,31 +63,28 @@ def fill(url: str, rows: int) -> None:
         connection.execute("VACUUM ANALYZE")
 
 
-def expired(url: str) -> list[tuple[str]]:
-    with psycopg.connect(url) as connection:
-        return connection.execute(
-            "SELECT id::text FROM activity_log WHERE created_at < now() - '100 days'::interval "
-            "ORDER BY random() LIMIT 20000"
-        ).fetchall()
+_GOING = "SELECT id::text FROM activity_log WHERE created_at < now() - '100 days'::interval"
+_TOUCH = "SELECT 1 FROM activity_log WHERE id = %s FOR KEY SHARE"
 
 
 @contextmanager
-def writer(url: str) -> Iterator[Callable[[], dict[str, float]]]:
-    """A concurrent writer that locks the keys of rows that are going; gives p50, p99 and max wait in ms."""
-    ids = [row[0] for row in expired(url)]
+def writer(url: str, *, going: str = _GOING, touch: str = _TOUCH) -> Iterator[Callable[[], dict[str, float]]]:
+    """A concurrent writer that locks (`touch`) rows that are `going`; gives p50, p99 and max wait in ms."""
+    with psycopg.connect(url) as connection:
+        ids = [row[0] for row in connection.execute(f"{going} ORDER BY random() LIMIT 20000".encode())]
     waits: list[float] = []
     stop = threading.Event()
 
-    def touch() -> None:
+    def write() -> None:
         chooser = random.Random(7)
         with psycopg.connect(url, autocommit=True) as connection:
             while not stop.is_set():
                 began = time.perf_counter()
-                connection.execute("SELECT 1 FROM activity_log WHERE id = %s FOR KEY SHARE", (chooser.choice(ids),))
+                connection.execute(touch.encode(), (chooser.choice(ids),))
                 waits.append((time.perf_counter() - began) * 1000)
                 time.sleep(0.002)
 
-    thread = threading.Thread(target=touch)
+    thread = threading.Thread(target=write)
     thread.start()
 
     def report() -> dict[str, float]:
@@ -177,6 +174,7 @@ class Bench:
 
 
 def cli(environment: dict[str, str], *words: str) -> dict[str, Any]:
+    """What a command prints as JSON."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "cli.py"), *words], capture_output=True, text=True, env=environment, check=False
     )
@@ -195,6 +193,8 @@ def run_job(environment: dict[str, str], job: str, *words: str, worker: bool) ->
 
 
 class Worker:
+    """A real worker with its default two processes."""
+
     def __init__(self, environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, str(ROOT / "cli.py"), "worker"],

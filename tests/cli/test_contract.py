@@ -32,7 +32,7 @@ from tests.cli.helpers import (
     world,
 )
 from tests.conftest import ROOT, Deployment
-from worker import audit, canonical, config, standing, timetable
+from worker import audit, canonical, config, registry, standing, timetable
 from worker.layouts import LAYOUTS
 from worker.operations import Operations
 
@@ -416,7 +416,7 @@ def test_db_check_finds_nothing_wrong_and_then_what_is(deployment: Deployment) -
     found = deployment.json("db", "check")
     assert found["layout"] == deployment.layout
     assert (found["missing"], found["changed"], found["unknown"]) == ([], [], [])
-    assert found["jobs"] == {"prune-logs": []}
+    assert found["jobs"] == {name: [] for name in registry.jobs()}
     deployment.query("CREATE TABLE plugin_of_ours (id int)")
     deployment.query("ALTER TABLE companies ADD COLUMN extra text")
     found = deployment.json("db", "check")

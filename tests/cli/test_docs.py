@@ -6,6 +6,8 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -14,9 +16,10 @@ from pydantic import AliasChoices
 
 import schedules
 from tests.cli.helpers import complete, find_command, keys
-from tests.conftest import ROOT, Deployment
+from tests.conftest import NOW, ROOT, Deployment
 from worker import config, timetable
 from worker.config import FROM_FILE, Settings
+from worker.holds import Hold, Holds
 from worker.layouts import LAYOUTS, catalogue
 from worker.layouts.catalogue import Retention
 from worker.metrics import LedgerCollector
@@ -93,6 +96,19 @@ def test_every_log_and_every_table_that_stays_is_on_the_page() -> None:
     refused = {name for line in text.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line)}
     known = catalogue.load("paperclip").tables.values()
     assert {one.name for one in known if one.retention is Retention.NEVER and one.reason != "not a log"} <= refused
+
+
+def _hold_on(table: str) -> Hold:
+    ends: dict[str, Any] = dict.fromkeys(("until", "released_at", "released_by", "release_reason"))
+    return Hold(id=uuid4(), kind="table", target=table, reason="case", actor="me", created_at=NOW, **ends)
+
+
+def test_every_guard_of_tasks_is_on_the_page() -> None:
+    text = (ROOT / "docs" / "archive-tasks.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
+    tasks = LAYOUTS["paperclip"].tasks
+    (hold,) = Holds(found=(_hold_on(tasks.name),)).keep(tasks)
+    assert rows == {hold.reason, *(keep.reason for keep in tasks.keeps)}
 
 
 def test_every_metric_is_on_the_page(released: Deployment) -> None:

@@ -29,7 +29,8 @@ class Records:
     """A table of which a job changes rows by their age.
 
     `age` decides how old a row is; NULL never expires. `company` is None where rows belong to the instance.
-    `indexed`: an index on (company, age) exists. `among`: the only rows a job may think of.
+    `indexed`: an index on (company, age) exists. `among`: the only rows a job may think of. `updated`: rows are only
+    updated, so that others may refer to one while it is locked.
     """
 
     table: sa.Table
@@ -39,6 +40,7 @@ class Records:
     indexed: bool
     keeps: tuple[Keep, ...] = ()
     among: sa.ColumnElement[bool] | None = None
+    updated: bool = False
     # Where a row names a user or a task by its id, and where it may mention one; asked for legal holds alone.
     users: tuple[sa.ColumnElement[Any], ...] = ()
     tasks: tuple[sa.ColumnElement[Any], ...] = ()

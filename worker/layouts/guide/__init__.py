@@ -58,6 +58,7 @@ _TASKS = TaskTable(
     age=TASKS.c.updated_at,
     company=TASKS.c.company_id,
     indexed=False,
+    updated=True,
     among=sa.and_(TASKS.c.status == "completed", ~TASKS.c.archived),
     users=(TASKS.c.created_by_user_id,),
     tasks=(TASKS.c.id,),

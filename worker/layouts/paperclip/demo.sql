@@ -427,6 +427,16 @@ CREATE INDEX issue_recovery_actions_company_source_status_idx
   ON issue_recovery_actions (company_id, source_issue_id, status);
 CREATE INDEX issue_recovery_actions_company_recovery_issue_idx
   ON issue_recovery_actions (company_id, recovery_issue_id);
+ALTER TABLE issue_tree_hold_members
+  ALTER depth SET DEFAULT 0, ALTER skipped SET DEFAULT false,
+  ADD FOREIGN KEY (company_id) REFERENCES companies,
+  ADD FOREIGN KEY (hold_id) REFERENCES issue_tree_holds ON DELETE CASCADE,
+  ADD FOREIGN KEY (issue_id) REFERENCES issues ON DELETE CASCADE;
+CREATE INDEX issue_tree_hold_members_company_issue_idx ON issue_tree_hold_members (company_id, issue_id);
+ALTER TABLE decision_target_issues
+  ADD FOREIGN KEY (decision_id) REFERENCES decisions ON DELETE CASCADE,
+  ADD FOREIGN KEY (issue_id) REFERENCES issues ON DELETE CASCADE;
+CREATE INDEX decision_target_issues_issue_idx ON decision_target_issues (issue_id);
 CREATE INDEX tool_action_requests_issue_idx ON tool_action_requests (company_id, issue_id);
 CREATE UNIQUE INDEX decision_effect_executions_decision_effect_uq
   ON decision_effect_executions (decision_id, effect_index);
@@ -688,7 +698,7 @@ FROM demo.company, LATERAL (
         WHERE company_id = company.id AND entity_type = 'issue' ORDER BY created_at, id LIMIT 5) AS oldest) AS cited;
 
 -- Ended tasks that the app still counts on: one of each company is cancelled and blocks an open one, waits for an
--- answer, waits for an approval, and is held with its tree.
+-- answer, waits for an approval, is held with its tree, is a member of that, has an open one below, is worked on.
 CREATE VIEW demo.ended AS
 SELECT company.n, company.id AS company, ranked.id, ranked.rank
 FROM demo.company, LATERAL (
@@ -716,6 +726,16 @@ INSERT INTO issue_tree_holds (id, company_id, root_issue_id, mode, status, creat
 SELECT demo.id('hold', n), company, ended.id, 'pause', 'active', start, start
 FROM demo.ask, demo.ended WHERE rank = 4;
 UPDATE issues SET origin_kind = 'onboarding_first_task' FROM demo.ended WHERE ended.id = issues.id AND rank = 5;
+INSERT INTO issue_tree_hold_members (id, company_id, hold_id, issue_id, depth, issue_title, issue_status, created_at)
+SELECT demo.id('held', n), company, demo.id('hold', n), issues.id, 1, title, status, start
+FROM demo.ask, demo.ended, issues WHERE issues.id = ended.id AND rank = 6;
+UPDATE issues SET parent_id = ended.id FROM demo.ended
+WHERE rank = 7 AND issues.id = (
+  SELECT opened.id FROM issues AS opened WHERE opened.company_id = company AND opened.parent_id IS NULL
+    AND opened.status NOT IN ('done', 'cancelled') ORDER BY opened.created_at DESC, opened.id LIMIT 1);
+UPDATE issues SET execution_run_id = hung.id FROM demo.ended, heartbeat_runs AS hung
+WHERE ended.id = issues.id AND rank = 8 AND hung.id = (
+  SELECT id FROM heartbeat_runs WHERE company_id = company AND status = 'running' ORDER BY created_at, id LIMIT 1);
 
 ANALYZE companies, "user", session, agents, issues, issue_comments, heartbeat_runs, heartbeat_run_events,
         activity_log, secret_access_events, plugin_logs, tool_call_events, tool_access_audit_events,

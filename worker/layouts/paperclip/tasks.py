@@ -42,9 +42,11 @@ _RELATIONS = table("issue_relations", company_id=_UUID, issue_id=_UUID, related_
 _INTERACTIONS = table("issue_thread_interactions", company_id=_UUID, issue_id=_UUID, status=sa.Text)
 _LINKS = table("issue_approvals", company_id=_UUID, issue_id=_UUID, approval_id=_UUID)
 _APPROVALS = table("approvals", id=_UUID, status=sa.Text)
-_DECISIONS = table("decisions", company_id=_UUID, origin_issue_id=_UUID, status=sa.Text)
+_DECISIONS = table("decisions", id=_UUID, company_id=_UUID, origin_issue_id=_UUID, status=sa.Text)
+_TARGETS = table("decision_target_issues", company_id=_UUID, issue_id=_UUID, decision_id=_UUID)
 _TOOL_ACTIONS = table("tool_action_requests", company_id=_UUID, issue_id=_UUID, status=sa.Text)
-_HOLDS = table("issue_tree_holds", company_id=_UUID, root_issue_id=_UUID, status=sa.Text)
+_HOLDS = table("issue_tree_holds", id=_UUID, company_id=_UUID, root_issue_id=_UUID, status=sa.Text)
+_HELD = table("issue_tree_hold_members", company_id=_UUID, issue_id=_UUID, hold_id=_UUID)
 _RECOVERY = table(
     "issue_recovery_actions", company_id=_UUID, source_issue_id=_UUID, recovery_issue_id=_UUID, status=sa.Text
 )
@@ -58,20 +60,19 @@ def _of_task(other: sa.Table, column: str, over: Sequence[str]) -> sa.Exists:
 
 
 def _run_live() -> Keep:
-    locks = sa.exists(RUNS.c.id).where(
-        sa.or_(RUNS.c.id == TASKS.c.checkout_run_id, RUNS.c.id == TASKS.c.execution_run_id),
-        RUNS.c.status.not_in(TERMINAL_RUN),
-    )
-    # By heartbeat_runs_company_ctx_issue_created_idx.
-    works = sa.exists(RUNS.c.id).where(
-        RUNS.c.company_id == TASKS.c.company_id,
-        RUNS.c.context_snapshot["issueId"].astext == sa.cast(TASKS.c.id, sa.Text),
-        RUNS.c.status.not_in(TERMINAL_RUN),
+    live = sa.and_(RUNS.c.company_id == TASKS.c.company_id, RUNS.c.status.not_in(TERMINAL_RUN))
+    holds = sa.or_(RUNS.c.id == TASKS.c.checkout_run_id, RUNS.c.id == TASKS.c.execution_run_id)
+    # By heartbeat_runs_company_ctx_issue_created_idx, ..._ctx_task_created_idx and ..._native_issue_id_uq.
+    task = sa.cast(TASKS.c.id, sa.Text)
+    works = (
+        RUNS.c.context_snapshot["issueId"].astext == task,
+        RUNS.c.context_snapshot["taskId"].astext == task,
+        RUNS.c.native_issue_id == TASKS.c.id,
     )
     return Keep(
         reason="run_live",
         why="a run that has not ended works on the task or holds it",
-        rows=sa.or_(locks, works),
+        rows=sa.or_(*(sa.exists(RUNS.c.id).where(live, term) for term in (holds, *works))),
         reads=(RUNS,),
     )
 
@@ -127,10 +128,12 @@ def _answer_pending() -> Keep:
     )
     interaction = ("accepted", "rejected", "answered", "cancelled", "expired", "failed")
     action = ("rejected", "expired", "cancelled", "executed", "failed")
-    decision = sa.exists(_DECISIONS.c.company_id).where(
-        _DECISIONS.c.origin_issue_id == TASKS.c.id,
-        _DECISIONS.c.company_id == TASKS.c.company_id,
-        _DECISIONS.c.status == "open",
+    decision = ("decided", "expired", "cancelled")
+    target = sa.exists(_TARGETS.c.issue_id).where(
+        _TARGETS.c.issue_id == TASKS.c.id,
+        _TARGETS.c.company_id == TASKS.c.company_id,
+        _DECISIONS.c.id == _TARGETS.c.decision_id,
+        _DECISIONS.c.status.not_in(decision),
     )
     return Keep(
         reason="answer_pending",
@@ -138,24 +141,33 @@ def _answer_pending() -> Keep:
         rows=sa.or_(
             _of_task(_INTERACTIONS, "issue_id", interaction),
             approval,
-            decision,
+            _of_task(_DECISIONS, "origin_issue_id", decision),
+            target,
             _of_task(_TOOL_ACTIONS, "issue_id", action),
         ),
-        reads=(_INTERACTIONS, _LINKS, _APPROVALS, _DECISIONS, _TOOL_ACTIONS),
+        reads=(_INTERACTIONS, _LINKS, _APPROVALS, _DECISIONS, _TARGETS, _TOOL_ACTIONS),
     )
 
 
 def _recovering() -> Keep:
-    over = ("resolved", "cancelled")
+    over, released = ("resolved", "cancelled"), ("released",)
+    # A hold that cancelled a tree can restore its tasks, which then must not be out of sight.
+    member = sa.exists(_HELD.c.issue_id).where(
+        _HELD.c.issue_id == TASKS.c.id,
+        _HELD.c.company_id == TASKS.c.company_id,
+        _HOLDS.c.id == _HELD.c.hold_id,
+        _HOLDS.c.status.not_in(released),
+    )
     return Keep(
         reason="recovering",
-        why="the app holds its tree or repairs it",
+        why="the app holds its tree and may restore it, or repairs it",
         rows=sa.or_(
-            _of_task(_HOLDS, "root_issue_id", ("released",)),
+            _of_task(_HOLDS, "root_issue_id", released),
+            member,
             _of_task(_RECOVERY, "source_issue_id", over),
             _of_task(_RECOVERY, "recovery_issue_id", over),
         ),
-        reads=(_HOLDS, _RECOVERY),
+        reads=(_HOLDS, _HELD, _RECOVERY),
     )
 
 
@@ -182,6 +194,7 @@ TASK_TABLE = TaskTable(
     age=sa.func.coalesce(TASKS.c.completed_at, TASKS.c.cancelled_at, TASKS.c.updated_at),
     company=TASKS.c.company_id,
     indexed=False,
+    updated=True,
     among=sa.and_(TASKS.c.status.in_(TERMINAL_ISSUE), TASKS.c.hidden_at.is_(None)),
     keeps=(_run_live(), _open_below(), _blocks_open(), _answer_pending(), _recovering(), _managed()),
     users=_named("personal"),
