@@ -30,6 +30,8 @@ _LEVEL = 1
 _SPOOL = 8 << 20
 # So many rows are compressed at a time.
 _PACK = 256
+# And a line of so many bytes at once, or those held would have no bound.
+_LARGE = 1 << 16
 # Objects are read at the same time: a request waits more than it works.
 _READERS = 4
 INSTANCE = "instance"
@@ -87,7 +89,7 @@ def _fill(spools: dict[bytes, _Spool], connection: sa.Connection, query: sa.Sele
                 spool = spools[company] = _Spool()
             spool.ages.append(age)
             spool.lines.append(lines.mark(line, nulls) if nulls else line)
-            if len(spool.lines) >= _PACK:
+            if len(spool.lines) >= _PACK or len(line) >= _LARGE:
                 spool.flush()
     return "{" + ",".join(f'"{address.decode()}"' for address in addresses) + "}"
 

@@ -10,15 +10,17 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import IO, TYPE_CHECKING, ClassVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
+import psycopg
 import sqlalchemy as sa
 import zstandard
 from psycopg import sql
 
-from worker.errors import ArchiveTampered
+from worker import db
+from worker.errors import ArchiveTampered, Refused
 from worker.storage import Missing
 
 if TYPE_CHECKING:
@@ -38,14 +40,32 @@ _FLAT = bytes.maketrans(b"\r\n", b"  ")
 
 def json_columns(connection: sa.Connection, table: str) -> dict[str, str]:
     """The columns of a table that hold JSON now, and the type of each (`json`, `jsonb`)."""
-    attribute = sa.table(
-        "pg_attribute", *map(sa.column, ("attrelid", "attname", "attnum", "atttypid")), schema="pg_catalog"
-    )
-    kind = sa.func.format_type(attribute.c.atttypid, None)
+    kind = sa.func.format_type(_ATTRIBUTE.c.atttypid, None)
+    query = sa.select(_NAME, kind).where(_of(table), kind.in_(["json", "jsonb"])).order_by(_ATTRIBUTE.c.attnum)
+    return {row[0]: row[1] for row in connection.execute(query)}
+
+
+def required(connection: sa.Connection, table: str) -> list[str]:
+    """The columns of a table that a new row must name now."""
+    columns = _ATTRIBUTE.c
+    bare = sa.and_(columns.attnotnull, ~columns.atthasdef, columns.attidentity == "")
+    return list(connection.scalars(sa.select(_NAME).where(_of(table), bare).order_by(columns.attnum)))
+
+
+_ATTRIBUTE = sa.table(
+    "pg_attribute",
+    *map(sa.column, ("attrelid", "attname", "attnum", "atttypid", "attnotnull", "atthasdef", "attidentity")),
+    sa.column("attisdropped"),
+    schema="pg_catalog",
+)
+
+
+_NAME = sa.cast(_ATTRIBUTE.c.attname, sa.Text)
+
+
+def _of(table: str) -> sa.ColumnElement[bool]:
     place = sa.func.to_regclass(sa.func.format("public.%I", sa.cast(table, sa.Text)))
-    query = sa.select(sa.cast(attribute.c.attname, sa.Text), kind).order_by(attribute.c.attnum)
-    found = connection.execute(query.where(attribute.c.attrelid == place, kind.in_(["json", "jsonb"])))
-    return {row[0]: row[1] for row in found}
+    return sa.and_(_ATTRIBUTE.c.attrelid == place, _ATTRIBUTE.c.attnum > 0, ~_ATTRIBUTE.c.attisdropped)
 
 
 def nulls(table: str, columns: Mapping[str, str]) -> sql.Composable:
@@ -91,7 +111,7 @@ def line_of(table: str, names: Iterable[str], json_columns: Mapping[str, str]) -
     of_json = {name: kind for name, kind in json_columns.items() if name in names}
     query = (
         "(SELECT CASE WHEN n IS NULL THEN j ELSE left(j, -1) || {mark} || substr(n, 2) || ']}}' END "
-        "FROM (SELECT row_to_json(archived)::text AS j, {nulls} AS n FROM (SELECT {row}) AS archived) AS both)"
+        "FROM (SELECT row_to_json(archived)::text AS j, {nulls} AS n FROM (SELECT {row}) AS archived) AS lined)"
     )
     return sql.SQL(query).format(
         mark=sql.Literal(f',"{JSON_NULLS}":['),
@@ -109,6 +129,27 @@ def values_of(record: str, names: Iterable[str], json_columns: Mapping[str, str]
         )
         for name in names
     )
+
+
+# Where the lines go in a statement for `send`. No name in PostgreSQL can hold it.
+LINES = sql.SQL("\0")
+
+
+def send(
+    connection: sa.Connection, table: str, statement: sql.Composed, part: Sequence[str]
+) -> list[tuple[Any, ...]]:
+    """The rows of a statement on lines, which are its one parameter. Refused when the table cannot take one."""
+    # A column's name may hold a %, which the driver would take for a parameter.
+    text = statement.as_string().replace("%", "%%").replace(LINES.as_string(), "%s").encode()
+    with db.translated():
+        try:
+            rows: list[tuple[Any, ...]] = db.driver(connection).execute(text, ("\n".join(part),)).fetchall()
+        except (psycopg.IntegrityError, psycopg.DataError, psycopg.errors.GeneratedAlways) as error:
+            # The server's own sentence quotes the row.
+            found = error.diag.constraint_name or error.diag.column_name
+            reason = f"{found} forbids it" if found else "a value does not fit its column"
+            raise Refused(f"{table} does not take an archived row: {reason} (SQLSTATE {error.sqlstate})") from error
+    return rows
 
 
 # -- in an object -------------------------------------------------------------------------------------

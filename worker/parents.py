@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 from psycopg import sql
 
-from worker import db
+from worker import db, lines
 from worker.errors import Refused
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ class Orphans:
     """Archived rows of a log whose parent is gone, counted by foreign key."""
 
     def __init__(self, connection: sa.Connection, log: LogTable) -> None:
-        self._driver, self._log = db.driver(connection), log.name
+        self._connection, self._log = connection, log.name
         with db.translated():
-            self._keys = self._driver.execute(_KEYS.encode(), (log.name,)).fetchall()
+            self._keys = db.driver(connection).execute(_KEYS.encode(), (log.name,)).fetchall()
         self._found: Counter[str] = Counter()
 
-    def count(self, lines: Sequence[str]) -> None:
+    def count(self, part: Sequence[str]) -> None:
         """Count among the rows of these lines."""
-        if not lines or not self._keys:
+        if not part or not self._keys:
             return
         counts = [
             sql.SQL("count(*) FILTER (WHERE {set} AND NOT EXISTS (SELECT FROM {parent} p WHERE {same}))").format(
@@ -55,11 +55,10 @@ class Orphans:
             for schema, parent, own, other in self._keys
         ]
         statement = sql.SQL(
-            "SELECT {counts} FROM string_to_table(%s, E'\\n') AS given (line), "
+            "SELECT {counts} FROM string_to_table({lines}, E'\\n') AS given (line), "
             "json_populate_record(NULL::{table}, given.line::json) AS r"
-        ).format(counts=sql.SQL(", ").join(counts), table=sql.Identifier("public", self._log))
-        with db.translated():
-            found = self._driver.execute(statement, ("\n".join(lines),)).fetchone() or ()
+        ).format(counts=sql.SQL(", ").join(counts), lines=lines.LINES, table=sql.Identifier("public", self._log))
+        (found,) = lines.send(self._connection, self._log, statement, part)
         for (_, parent, own, _), rows in zip(self._keys, found, strict=True):
             self._found[f"of {parent} ({', '.join(own)})"] += rows
 

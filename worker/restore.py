@@ -13,11 +13,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-import psycopg
 import sqlalchemy as sa
 from psycopg import sql
 
-from worker import archive, audit, db, layouts, ledger, lines, parents
+from worker import archive, audit, layouts, ledger, lines, parents
 from worker.errors import ArchiveTampered, Refused, UnderWay
 from worker.job import Amount, Shard, Tally, Target
 from worker.lines import Reader
@@ -165,12 +164,16 @@ class Restore:
                 raise ArchiveTampered(f"archive object {one.key} is not the one that the manifest names")
 
     def _require_columns(self, objects: Iterable[ArchivedObject]) -> None:
-        """The table may have got columns since, and lost some between two bites."""
+        """The table may have got and lost columns since, also between two bites."""
         names = {name for one in objects for name in lines.columns(self._reader(vars(one), 0).read(0, 1)[0])}
         table = sa.Table(self.log.name, sa.MetaData(schema="public"), *(sa.Column(name) for name in sorted(names)))
         if lacks := layouts.missing(self._connection, [table]):
             raise Refused(
                 f"the archive has {', '.join(lacks)}, which the table lacks; its rows would not come back whole"
+            )
+        if wants := [name for name in lines.required(self._connection, self.log.name) if name not in names]:
+            raise Refused(
+                f"{self.log.name} wants a value for {', '.join(wants)}, which the archive lacks; give it a default"
             )
 
     # -- the table ------------------------------------------------------------------------------------
@@ -194,17 +197,17 @@ class Restore:
 
     def _differing(self, part: Sequence[str]) -> list[str]:
         statement = sql.SQL(
-            "SELECT t.{key}::text FROM string_to_table(%s, E'\\n') AS given (line) "
+            "SELECT t.{key}::text FROM string_to_table({lines}, E'\\n') AS given (line) "
             "JOIN {table} t ON t.{key} = (json_populate_record(NULL::{table}, given.line::json)).{key} "
             "WHERE {line} <> given.line ORDER BY 1"
         ).format(line=self._line_of("t", lines.columns(part[0])), **self._names())
-        return [row[0] for row in self._execute(statement, part)]
+        return [row[0] for row in lines.send(self._connection, self.log.name, statement, part)]
 
     def _insert(self, part: Sequence[str]) -> tuple[int, bool]:
         """How many rows were inserted, and whether each is its line again."""
         names = lines.columns(part[0])
         statement = sql.SQL(
-            "WITH given AS (SELECT line FROM string_to_table(%s, E'\\n') AS l (line)), "
+            "WITH given AS (SELECT line FROM string_to_table({lines}, E'\\n') AS l (line)), "
             "put AS (INSERT INTO {table} ({columns}) OVERRIDING SYSTEM VALUE SELECT {values} FROM given, "
             "json_populate_record(NULL::{table}, given.line::json) AS r ON CONFLICT ({key}) DO NOTHING "
             "RETURNING {line} AS line) "
@@ -217,7 +220,7 @@ class Restore:
             line=self._line_of(self.log.name, names),
             **self._names(),
         )
-        (row,) = self._execute(statement, part)
+        (row,) = lines.send(self._connection, self.log.name, statement, part)
         return int(row[0]), bool(row[1])
 
     @cached_property
@@ -228,21 +231,11 @@ class Restore:
         return lines.line_of(table, names, self._json_columns)
 
     def _names(self) -> dict[str, sql.Composable]:
-        return {"table": sql.Identifier("public", self.log.name), "key": sql.Identifier(self.log.key.name)}
-
-    def _execute(self, statement: sql.Composed, part: Sequence[str]) -> list[tuple[Any, ...]]:
-        with db.translated():
-            try:
-                cursor = db.driver(self._connection).execute(statement, ("\n".join(part),))
-                rows: list[tuple[Any, ...]] = cursor.fetchall()
-            except (psycopg.IntegrityError, psycopg.DataError, psycopg.errors.GeneratedAlways) as error:
-                # The server's own sentence quotes the row.
-                found = error.diag.constraint_name or error.diag.column_name
-                reason = f"{found} forbids it" if found else "a value does not fit its column"
-                raise Refused(
-                    f"{self.log.name} does not take an archived row: {reason} (SQLSTATE {error.sqlstate})"
-                ) from error
-        return rows
+        return {
+            "lines": lines.LINES,
+            "table": sql.Identifier("public", self.log.name),
+            "key": sql.Identifier(self.log.key.name),
+        }
 
 
 def _others(table: str, keys: Sequence[str]) -> str:

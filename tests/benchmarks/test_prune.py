@@ -7,129 +7,48 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-import sqlalchemy as sa
 import zstandard
 
 from tests.benchmarks import bench
-from tests.conftest import NOW, ROOT
-from worker import audit, embedded, ledger
-from worker.layouts import demo_schema
+from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(3600)]
-
-MILLION = 1_000_000
-
-
-class Bench:
-    """One set of servers with production durability, and template databases of several sizes."""
-
-    def __init__(self, servers: embedded.Embedded, key: Path) -> None:
-        self._servers, self._key = servers, key
-        self.admin = servers.environment()["DATABASE_URL"]
-        self._made: set[int] = set()
-
-    def database(self, rows: int) -> dict[str, str]:
-        """The environment of a fresh copy of a log of so many rows."""
-        template = f"log{rows}"
-        if rows not in self._made:
-            with psycopg.connect(self.admin, autocommit=True) as connection:
-                connection.execute(f"CREATE DATABASE {template}".encode())
-            url = self._servers.environment(template)["DATABASE_URL"]
-            engine = sa.create_engine(url.replace("postgres://", "postgresql+psycopg://", 1))
-            with engine.begin() as connection:
-                demo_schema.create(connection, "paperclip")
-                demo_schema.seed(connection, "paperclip", rows=1_000, now=NOW, companies=8)
-            ledger.init(engine)
-            engine.dispose()
-            bench.fill(url, rows)
-            self._made.add(rows)
-        bench.copy_of(self.admin, template, "bench")
-        return {
-            **self._servers.environment("bench"),
-            "PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(self._key),
-            "PATH": "/usr/bin:/bin",
-        }
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    key = tmp_path_factory.mktemp("key") / "signing.pem"
-    audit.keygen(key)
-    settings = {"shared_buffers": "2GB", "max_wal_size": "8GB", "checkpoint_timeout": "30min"}
-    with embedded.start(postgres_settings=settings) as servers:
-        yield Bench(servers, key)
-
-
-def _cli(environment: dict[str, str], *words: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), *words], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def _run(environment: dict[str, str], *words: str, worker: bool) -> tuple[int, float]:
     """Rows and seconds, entered to settled, of a run by a real worker with its default two processes, or inline."""
     where = [] if worker else ["--inline"]
-    result = _cli(environment, "run", "prune-logs", "--older-than", bench.EXPIRED, "--yes", "--json", *where, *words)
+    result = bench.cli(
+        environment, "run", "prune-logs", "--older-than", bench.EXPIRED, "--yes", "--json", *where, *words
+    )
     assert result["kept"]
     began, ended = (datetime.fromisoformat(result[name]) for name in ("created_at", "settled_at"))
     return result["rows"], (ended - began).total_seconds()
 
 
-class _Worker:
-    def __init__(self, environment: dict[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "cli.py"), "worker"],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        time.sleep(4)
-
-    def peak(self) -> int:
-        """Peak resident memory of the largest process of the worker, in MB."""
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        peaks = []
-        for pid in [str(self._process.pid), *children]:
-            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM"):
-                    peaks.append(int(line.split()[1]) // 1024)
-        return max(peaks)
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(30)
-
-
-def test_without_archive(large: Bench, capsys: Any) -> None:
+def test_without_archive(large: bench.Bench, capsys: Any) -> None:
     """At least 0.7 of one giant DELETE, while a writer on the same rows waits under 50 ms at p99."""
     rates: dict[str, list[float]] = {"giant": [], "worker": [], "inline": []}
     waits: dict[str, list[dict[str, float]]] = {"giant": [], "worker": []}
     for _ in range(bench.REPEATS):
-        environment = large.database(MILLION)
+        environment = large.database(bench.MILLION)
         with bench.writer(environment["DATABASE_URL"]) as report:
             rows, seconds = bench.giant(environment["DATABASE_URL"])
         rates["giant"].append(rows / seconds)
         waits["giant"].append(report())
-        environment = large.database(MILLION)
-        with _Worker(environment), bench.writer(environment["DATABASE_URL"]) as report:
+        environment = large.database(bench.MILLION)
+        with bench.Worker(environment), bench.writer(environment["DATABASE_URL"]) as report:
             done, seconds = _run(environment, "--without-archive", worker=True)
         assert abs(done - rows) < 100  # the horizon moves on by a few rows between the two
         rates["worker"].append(done / seconds)
         waits["worker"].append(report())
-        done, seconds = _run(large.database(MILLION), "--without-archive", worker=False)
+        done, seconds = _run(large.database(bench.MILLION), "--without-archive", worker=False)
         rates["inline"].append(done / seconds)
     limit = bench.median(rates["giant"])
     bench.say(
@@ -179,19 +98,19 @@ def _naive(environment: dict[str, str]) -> float:
             done += len(found)
 
 
-def test_with_archive(large: Bench, capsys: Any) -> None:
+def test_with_archive(large: bench.Bench, capsys: Any) -> None:
     """At least 5 x fetching into Python and deleting by id, and 0.7 x plain COPY through zstd; RSS under 250 MB."""
     copies, naive, ours, inline, peaks = [], [], [], [], []
     for _ in range(bench.REPEATS):
-        environment = large.database(MILLION)
+        environment = large.database(bench.MILLION)
         copies.append(_copy_through_zstd(environment))
         naive.append(_naive(environment))
-        environment = large.database(MILLION)
-        with _Worker(environment) as worker:
+        environment = large.database(bench.MILLION)
+        with bench.Worker(environment) as worker:
             rows, seconds = _run(environment, worker=True)
             peaks.append(worker.peak())
         ours.append(rows / seconds)
-        rows, seconds = _run(large.database(MILLION), worker=False)
+        rows, seconds = _run(large.database(bench.MILLION), worker=False)
         inline.append(rows / seconds)
     limit, slow = bench.median(copies), bench.median(naive)
     for name, rates in (("worker", ours), ("inline", inline)):
@@ -205,24 +124,24 @@ def test_with_archive(large: Bench, capsys: Any) -> None:
     bench.say(capsys, f"peak RSS of a worker process {max(peaks)} MB, of any process started {own} MB (250 wanted)")
 
 
-def test_cost_is_flat(large: Bench, capsys: Any) -> None:
+def test_cost_is_flat(large: bench.Bench, capsys: Any) -> None:
     """Cost per row from 0.5 M to 4 M rows within 1.3 x."""
     costs: dict[int, float] = {}
-    for rows in (MILLION // 2, MILLION, 4 * MILLION):
+    for rows in (bench.MILLION // 2, bench.MILLION, 4 * bench.MILLION):
         each = []
         for _ in range(bench.REPEATS):
             done, seconds = _run(large.database(rows), "--without-archive", worker=False)
             each.append(seconds / done * 1e6)
         costs[rows] = bench.median(each)
-        bench.say(capsys, f"{rows / MILLION:.1f} M rows: {costs[rows]:.2f} us a row")
+        bench.say(capsys, f"{rows / bench.MILLION:.1f} M rows: {costs[rows]:.2f} us a row")
     bench.say(capsys, f"largest / smallest cost {max(costs.values()) / min(costs.values()):.2f} x (1.3 wanted)")
 
 
-def test_overhead(large: Bench, capsys: Callable[..., Any]) -> None:
+def test_overhead(large: bench.Bench, capsys: Callable[..., Any]) -> None:
     """Ledger and Celery below 5 % of the run: the run's time outside statements on the host's tables."""
     shares = []
     for _ in range(bench.REPEATS):
-        environment = large.database(MILLION)
+        environment = large.database(bench.MILLION)
         script = ROOT / "tests" / "benchmarks" / "overhead.py"
         done = subprocess.run(
             [sys.executable, str(script)],
