@@ -18,9 +18,9 @@ from uuid import UUID
 
 import zstandard
 
-from worker import canonical, db
+from worker import canonical, db, lines
 from worker.errors import ArchiveTampered, Refused, StorageFault
-from worker.storage import Store, read_digest
+from worker.storage import Missing, Store, read_digest
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -30,6 +30,8 @@ _LEVEL = 1
 _SPOOL = 8 << 20
 # So many rows are compressed at a time.
 _PACK = 256
+# And a line of so many bytes at once, or those held would have no bound.
+_LARGE = 1 << 16
 # Objects are read at the same time: a request waits more than it works.
 _READERS = 4
 INSTANCE = "instance"
@@ -80,14 +82,14 @@ def _fill(spools: dict[bytes, _Spool], connection: sa.Connection, query: sa.Sele
     with db.driver(connection).cursor() as cursor, cursor.copy(statement, parameters) as copy:
         # Once a row, millions of times: what can be done for many rows at once is done in _Spool.flush.
         for data in copy:
-            company, age, address, line = bytes(data).split(b"\x02", 3)
+            company, age, address, nulls, line = bytes(data).split(b"\x02", 4)
             note(address)
             spool = spools.get(company)
             if spool is None:
                 spool = spools[company] = _Spool()
             spool.ages.append(age)
-            spool.lines.append(line)
-            if len(spool.lines) >= _PACK:
+            spool.lines.append(lines.mark(line, nulls) if nulls else line)
+            if len(spool.lines) >= _PACK or len(line) >= _LARGE:
                 spool.flush()
     return "{" + ",".join(f'"{address.decode()}"' for address in addresses) + "}"
 
@@ -109,9 +111,8 @@ class _Spool:
         if not self.lines:
             return
         chunk = b"".join(self.lines)
-        if chunk.count(b"\n") > len(self.lines):
-            # Only the white space between tokens of a `json` column can hold one; JSON lines must not.
-            chunk = b"".join(line.strip(b"\x01\n").replace(b"\n", b" ") + b"\n" for line in self.lines)
+        if b"\x01" in chunk:
+            chunk = b"".join(map(lines.flat, self.lines))
         self.rows += len(self.lines)
         self.raw_bytes += len(chunk)
         self.body.write(self._zstd.compress(chunk))
@@ -195,6 +196,17 @@ def write_manifest(store: Store, key: str, facts: dict[str, Any], objects: list[
     if read_digest(store, key) != sha256:
         raise StorageFault(f"{key}: the store gave back other bytes than were written")
     return sha256
+
+
+def read_manifest(store: Store, key: str, sha256: str) -> bytes:
+    """A manifest as it was written. ArchiveTampered when it is missing or has another digest."""
+    try:
+        body = b"".join(store.read(key))
+    except Missing:
+        body = b""
+    if hashlib.sha256(body).hexdigest() != sha256:
+        raise ArchiveTampered(f"{key} is missing or is not the manifest that the receipt names")
+    return body
 
 
 def sweep_leftovers(store: Store, table: str, run: UUID, keep: set[str]) -> int:

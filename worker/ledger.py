@@ -198,6 +198,8 @@ def require_free(connection: sa.Connection, exclusion: str) -> None:
 
 def find(connection: sa.Connection, name: str) -> Run:
     """The run whose id starts with `name`, or `last`. Refused when there is none, or more than one."""
+    if not name:
+        raise Refused("an empty text names no run; give the start of its id, or `last`")
     query = sa.select(RUNS).order_by(RUNS.c.created_at.desc()).limit(2)
     if name == "last":
         rows = connection.execute(query.limit(1)).all()

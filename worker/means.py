@@ -89,7 +89,7 @@ class Means:
     def archive(self, rows: RowSet, batch: Batch) -> tuple[Batch, tuple[ArchivedObject, ...]]:
         """Write a batch's rows to the store and read them back; the batch of just these rows, and the objects."""
         store, run = self._archive()
-        query = rows.lines(batch)
+        query = rows.lines(self.connection, batch)
         objects, addresses = archive.write(store, self.connection, query, table=rows.what.name, run=run)
         return at(batch, addresses), objects
 

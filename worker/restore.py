@@ -6,24 +6,21 @@ A row that is there already, and is the same, counts as restored; one that is th
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import sqlalchemy as sa
-import zstandard
 from psycopg import sql
 
-from worker import archive, audit, db, layouts, ledger
+from worker import archive, audit, layouts, ledger, lines, parents
 from worker.errors import ArchiveTampered, Refused, UnderWay
 from worker.job import Amount, Shard, Tally, Target
+from worker.lines import Reader
 from worker.states import ACTIVE
-from worker.storage import read_digest
 
 if TYPE_CHECKING:
     from worker.archive import ArchivedObject
@@ -32,9 +29,6 @@ if TYPE_CHECKING:
     from worker.means import Means
     from worker.storage import Store
 
-# So much text goes to the server at once.
-_MOST_BYTES = 8 << 20
-_SPOOL = 8 << 20
 _SHOWN = 3
 
 
@@ -72,22 +66,29 @@ class Restore:
             raise UnderWay(f"{self.log.name} is being pruned by run {busy}; stop it, or wait for its end")
 
     def foresee(self) -> None:
-        """Refused when an object or the manifest is not what was written, or when the table has other rows."""
+        """Refused when the archive is not what was written, or when the table cannot take all of it as it is."""
         store, objects = self._store(), self.objects
         archive.require_intact(store, objects)
-        self._require_manifest(store)
-        self._require_columns(objects[0])
+        self._require_manifest(store, objects)
+        self._require_columns(objects)
+        other: list[str] = []
+        orphans = parents.Orphans(self._connection, self.log)
         for one in objects:
-            for lines in self._lines_of(one):
-                self._absent(lines)
+            for part in self._parts(one):
+                absent, differing = self._compare(part)
+                other += differing
+                orphans.count(list(absent.values()))
+        if other:
+            raise Refused(f"{_others(self.log.name, other)}; nothing was put back")
+        orphans.require_none()
 
     def targets(self) -> tuple[Target, ...]:
         """The rows that are not in the table, per company."""
         found: dict[str | None, tuple[int, int, int]] = {}
         for one in self.objects:
             rows, size, mixed = found.get(one.company, (0, 0, 0))
-            for lines in self._lines_of(one):
-                absent = self._absent(lines)
+            for part in self._parts(one):
+                absent = self._absent(part)
                 rows, size = rows + len(absent), size + _size(absent.values())
                 for key in absent:
                     mixed ^= int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
@@ -102,21 +103,20 @@ class Restore:
     def shards(self) -> Iterator[Shard]:
         """One an object."""
         for one in self.objects:
-            spec = {"company": one.company, "key": one.key, "sha256": one.sha256, "rows": one.rows}
-            yield Shard(key=one.key, rows=one.rows, spec={**spec, "raw_bytes": one.raw_bytes})
+            spec = {"company": one.company, "key": one.key, "sha256": one.sha256}
+            yield Shard(key=one.key, rows=one.rows, spec=spec)
 
     def next(self, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> dict[str, Any]:
         """Which lines of a shard's object come next, as the cursor behind them."""
-        spec, start = shard.spec, after["line"] if after else 0
-        size = max(1, spec["raw_bytes"] // spec["rows"])
-        end = min(spec["rows"], start + max(1, min(limit, _MOST_BYTES // size)))
-        return {"key": spec["key"], "sha256": spec["sha256"], "company": spec["company"], "from": start, "line": end}
+        start = after["line"] if after else 0
+        found = self._reader(shard.spec, start).read(start, min(limit, shard.rows - start))
+        return {**shard.spec, "from": start, "line": start + len(found)}
 
     def put(self, cursor: Mapping[str, Any]) -> Tally:
         """Insert the lines before a cursor. Refused, and rolled back, when a row does not come out as its line."""
         start, end = cursor["from"], cursor["line"]
-        lines = _read(self._store(), cursor["key"], cursor["sha256"], start, end)
-        absent = list(self._absent(lines).values())
+        found = self._reader(cursor, start).read(start, end - start)
+        absent = list(self._absent(found).values())
         if absent:
             rows, same = self._insert(absent)
             if rows != len(absent) or not same:
@@ -140,122 +140,116 @@ class Restore:
             raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set, and the archive is in the bucket")
         return self._means.store
 
-    def _lines_of(self, one: ArchivedObject) -> Iterator[list[str]]:
-        """An object's lines, some megabytes at a time."""
-        step = max(1, _MOST_BYTES // max(1, one.raw_bytes // one.rows))
-        for start in range(0, one.rows, step):
-            yield _read(self._store(), one.key, one.sha256, start, min(one.rows, start + step))
+    def _reader(self, spec: Mapping[str, Any], start: int) -> Reader:
+        return Reader.at(self._store(), spec["key"], spec["sha256"], start)
 
-    def _require_manifest(self, store: Store) -> None:
-        """The signed receipt names the manifest by its digest; a run whose store failed has none."""
+    def _parts(self, one: ArchivedObject) -> Iterator[list[str]]:
+        """An object's lines, some megabytes at a time."""
+        start = 0
+        while start < one.rows:
+            part = self._reader(vars(one), start).read(start, one.rows - start)
+            yield part
+            start += len(part)
+
+    def _require_manifest(self, store: Store, objects: list[ArchivedObject]) -> None:
+        """The signed receipt names the manifest by its digest, and that the objects; a failed run may have none."""
         receipts = audit.recent(self._connection, limit=1, run=self._run.id)
         evidence = receipts[0].to_json()["evidence"].get("archive", {}) if receipts else {}
-        if "manifest" in evidence and read_digest(store, evidence["manifest"]) != evidence["sha256"]:
-            raise ArchiveTampered(f"{evidence['manifest']} is missing or is not the manifest that the receipt names")
+        if "manifest" not in evidence:
+            return
+        body = archive.read_manifest(store, evidence["manifest"], evidence["sha256"])
+        known = {one["key"]: (one["sha256"], one["rows"]) for one in json.loads(body)["objects"]}
+        for one in objects:
+            if known.get(one.key) != (one.sha256, one.rows):
+                raise ArchiveTampered(f"archive object {one.key} is not the one that the manifest names")
 
-    def _require_columns(self, one: ArchivedObject) -> None:
-        columns = json.loads(_read(self._store(), one.key, one.sha256, 0, 1)[0])
-        table = sa.Table(self.log.name, sa.MetaData(schema="public"), *(sa.Column(name) for name in columns))
+    def _require_columns(self, objects: Iterable[ArchivedObject]) -> None:
+        """The table may have got and lost columns since, also between two bites."""
+        names = {name for one in objects for name in lines.columns(self._reader(vars(one), 0).read(0, 1)[0])}
+        table = sa.Table(self.log.name, sa.MetaData(schema="public"), *(sa.Column(name) for name in sorted(names)))
         if lacks := layouts.missing(self._connection, [table]):
             raise Refused(
                 f"the archive has {', '.join(lacks)}, which the table lacks; its rows would not come back whole"
             )
+        if wants := [name for name in lines.required(self._connection, self.log.name) if name not in names]:
+            raise Refused(
+                f"{self.log.name} wants a value for {', '.join(wants)}, which the archive lacks; give it a default"
+            )
 
     # -- the table ------------------------------------------------------------------------------------
 
-    def _absent(self, lines: Sequence[str]) -> dict[str, str]:
+    def _absent(self, part: Sequence[str]) -> dict[str, str]:
         """The lines by key whose rows are not in the table. Refused when one is there that says otherwise."""
-        keyed = {_key(line, self.log.key.name): line for line in lines}
+        absent, other = self._compare(part)
+        if other:
+            raise Refused(_others(self.log.name, other))
+        return absent
+
+    def _compare(self, part: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+        """The lines by key whose rows are not in the table, and the keys of those that are there and differ."""
+        keyed = {_key(line, self.log.key.name): line for line in part}
         kind = sa.ARRAY(self.log.key.type)
         there = sa.cast(self.log.key, sa.Text)
         wanted = sa.any_(sa.cast(sa.literal(list(keyed), sa.ARRAY(sa.Text)), kind))
         present = set(self._connection.scalars(sa.select(there).where(self.log.key == wanted)))
-        if present:
-            self._require_same([keyed[key] for key in sorted(present)])
-        return {key: line for key, line in keyed.items() if key not in present}
+        differing = self._differing([keyed[key] for key in sorted(present)]) if present else []
+        return {key: line for key, line in keyed.items() if key not in present}, differing
 
-    def _require_same(self, lines: Sequence[str]) -> None:
+    def _differing(self, part: Sequence[str]) -> list[str]:
         statement = sql.SQL(
-            "SELECT t.{key}::text FROM string_to_table(%s, E'\\n') AS given (line) "
+            "SELECT t.{key}::text FROM string_to_table({lines}, E'\\n') AS given (line) "
             "JOIN {table} t ON t.{key} = (json_populate_record(NULL::{table}, given.line::json)).{key} "
-            "WHERE {line}::text <> given.line ORDER BY 1"
-        ).format(line=self._as_line(lines[0], "t"), **self._names())
-        other = [row[0] for row in self._execute(statement, lines)]
-        if other:
-            shown = ", ".join(other[:_SHOWN]) + (f" and {len(other) - _SHOWN} more" if len(other) > _SHOWN else "")
-            raise Refused(
-                f"{self.log.name} has rows with these ids and other content, and nothing was put back: {shown}"
-            )
+            "WHERE {line} <> given.line ORDER BY 1"
+        ).format(line=self._line_of("t", lines.columns(part[0])), **self._names())
+        return [row[0] for row in lines.send(self._connection, self.log.name, statement, part)]
 
-    def _insert(self, lines: Sequence[str]) -> tuple[int, bool]:
+    def _insert(self, part: Sequence[str]) -> tuple[int, bool]:
         """How many rows were inserted, and whether each is its line again."""
-        columns = sql.SQL(", ").join(map(sql.Identifier, json.loads(lines[0])))
+        names = lines.columns(part[0])
         statement = sql.SQL(
-            "WITH given AS (SELECT line FROM string_to_table(%s, E'\\n') AS l (line)), "
-            "put AS (INSERT INTO {table} ({columns}) SELECT {columns} FROM given, "
-            "json_populate_record(NULL::{table}, given.line::json) ON CONFLICT DO NOTHING "
-            "RETURNING {line}::text AS line) "
+            "WITH given AS (SELECT line FROM string_to_table({lines}, E'\\n') AS l (line)), "
+            "put AS (INSERT INTO {table} ({columns}) OVERRIDING SYSTEM VALUE SELECT {values} FROM given, "
+            "json_populate_record(NULL::{table}, given.line::json) AS r ON CONFLICT ({key}) DO NOTHING "
+            "RETURNING {line} AS line) "
             "SELECT (SELECT count(*) FROM put), "
             "(SELECT bit_xor(hashtextextended(line, 0)) FROM put) = "
             "(SELECT bit_xor(hashtextextended(line, 0)) FROM given)"
-        ).format(columns=columns, line=self._as_line(lines[0], self.log.name), **self._names())
-        (row,) = self._execute(statement, lines)
+        ).format(
+            columns=sql.SQL(", ").join(map(sql.Identifier, names)),
+            values=lines.values_of("r", names, self._json_columns, nulls=lines.marked(part)),
+            line=self._line_of(self.log.name, names),
+            **self._names(),
+        )
+        (row,) = lines.send(self._connection, self.log.name, statement, part)
         return int(row[0]), bool(row[1])
 
-    def _as_line(self, line: str, table: str) -> sql.Composable:
-        """A row as the archive has it: its columns in their order, without any the table has got since."""
-        columns = (sql.SQL("{}.{}").format(sql.Identifier(table), sql.Identifier(name)) for name in json.loads(line))
-        query = "row_to_json((SELECT archived_row FROM (SELECT {}) AS archived_row))"
-        return sql.SQL(query).format(sql.SQL(", ").join(columns))
+    @cached_property
+    def _json_columns(self) -> dict[str, str]:
+        return lines.json_columns(self._connection, self.log.name)
+
+    def _line_of(self, table: str, names: Sequence[str]) -> sql.Composable:
+        return lines.line_of(table, names, self._json_columns)
 
     def _names(self) -> dict[str, sql.Composable]:
-        return {"table": sql.Identifier("public", self.log.name), "key": sql.Identifier(self.log.key.name)}
-
-    def _execute(self, statement: sql.Composed, lines: Sequence[str]) -> list[tuple[Any, ...]]:
-        with db.translated():
-            rows: list[tuple[Any, ...]] = (
-                db.driver(self._connection).execute(statement, ("\n".join(lines),)).fetchall()
-            )
-        return rows
+        return {
+            "lines": lines.LINES,
+            "table": sql.Identifier("public", self.log.name),
+            "key": sql.Identifier(self.log.key.name),
+        }
 
 
-def _size(lines: Iterable[str]) -> int:
+def _others(table: str, keys: Sequence[str]) -> str:
+    """Names rows that are there with other content."""
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return f"{table} has rows with these ids and other content: {', '.join(keys[:_SHOWN])}{more}"
+
+
+def _size(part: Iterable[str]) -> int:
     """Bytes of lines in an object."""
-    return sum(len(line.encode()) + 1 for line in lines)
+    return sum(len(line.encode()) + 1 for line in part)
 
 
 def _key(line: str, column: str) -> str:
     # The key is the first column of every log; to parse the whole line takes ten times as long.
     match = re.match(rf'{{"{column}":(?:"([^"\\]*)"|([0-9]+))[,}}]', line)
     return (match[1] or match[2]) if match else str(json.loads(line)[column])
-
-
-class _Reader:
-    """One object at one line. Bites of a shard follow each other, so the last one is kept for the next."""
-
-    last: ClassVar[_Reader | None] = None
-
-    def __init__(self, store: Store, key: str, sha256: str) -> None:
-        self.of, self.line = (key, sha256), 0
-        body = tempfile.SpooledTemporaryFile(max_size=_SPOOL)  # noqa: SIM115 - closed with its stream
-        digest = hashlib.sha256()
-        for chunk in store.read(key):
-            digest.update(chunk)
-            body.write(chunk)
-        if digest.hexdigest() != sha256:
-            raise ArchiveTampered(f"archive object {key} has other bytes than were written")
-        body.seek(0)
-        stream = zstandard.ZstdDecompressor().stream_reader(body, closefd=True)
-        self.lines = io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8", newline="\n")
-
-
-def _read(store: Store, key: str, sha256: str, start: int, end: int) -> list[str]:
-    """Lines of an object, from `start` on and before `end`. ArchiveTampered when it is not what was written."""
-    reader = _Reader.last
-    if reader is None or reader.of != (key, sha256) or reader.line > start:
-        reader = _Reader.last = _Reader(store, key, sha256)
-    lines = [line.removesuffix("\n") for line in islice(reader.lines, start - reader.line, end - reader.line)]
-    reader.line = end
-    if len(lines) != end - start:
-        raise ArchiveTampered(f"archive object {key} has fewer rows than were written")
-    return lines

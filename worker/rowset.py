@@ -13,6 +13,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
+from worker import lines
 from worker.db import Tid
 from worker.job import Amount, Batch, Left, Shard, Tally, Target
 from worker.layouts.model import Keep, Records
@@ -183,12 +184,15 @@ class RowSet:
             exhausted=False,
         )
 
-    def lines(self, batch: Batch) -> sa.Select[Any]:
-        """Company, age, address and the whole row as JSON (every column, known to us or not) of a batch."""
+    def lines(self, connection: sa.Connection, batch: Batch) -> sa.Select[Any]:
+        """Of each row of a batch: company, age, address, its columns that hold a JSON null, and the whole row as JSON
+        (every column, known to us or not)."""
+        of_json = lines.json_columns(connection, self.what.name)
         return sa.select(
             self.whose,
             sa.cast(self.what.age, sa.Text),
             CTID,
+            sa.literal_column(lines.nulls(self.what.name, of_json).as_string()),
             sa.func.row_to_json(self.what.table.table_valued()),
         ).where(self.rows(batch))
 

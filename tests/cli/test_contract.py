@@ -32,7 +32,7 @@ from tests.cli.helpers import (
     world,
 )
 from tests.conftest import ROOT, Deployment
-from worker import audit, canonical, config, registry, standing, timetable
+from worker import audit, canonical, config, params, registry, standing, timetable
 from worker.layouts import LAYOUTS
 from worker.operations import Operations
 
@@ -382,7 +382,10 @@ def test_schedule_list(standing: Deployment) -> None:
     assert {one["entry"]: one["crontab"] for one in entries} == {
         name: entry.crontab for name, entry in schedules.SCHEDULE.items()
     }
-    assert all(one["params"]["older_than"] for one in entries)
+    jobs = {name: entry.job for name, entry in schedules.SCHEDULE.items()}
+    assert {one["entry"]: one["params"] for one in entries} == {
+        name: params.to_json(job) for name, job in jobs.items()
+    }
     assert all(name in standing.cli("schedule", "list").stdout for name in schedules.SCHEDULE)
 
 

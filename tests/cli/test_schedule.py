@@ -203,7 +203,7 @@ def test_a_worker_launches_what_the_file_says(released: Deployment, tmp_path: Pa
         wait(lambda: len(released.query(query)) == 2)
         assert set(released.query(query)) == {
             (f"schedule:{ACTIVITY}", "120d", "true"),
-            ("schedule:extra", "90d", "false"),
+            ("schedule:extra", None, "false"),
         }
     assert released.query("SELECT count(*) FROM paperclip_worker.runs") == [(2,)]
 

@@ -16,6 +16,7 @@ from uuid import UUID
 import psycopg
 
 from tasks.prune_logs import PruneLogs
+from tasks.restore_logs import RestoreLogs
 from worker import anchors, archive, audit, config, ledger, logs
 from worker.operations import Operations
 from worker.storage import S3Store
@@ -59,6 +60,19 @@ COMMITS: dict[str, tuple[Any, str, int, bool]] = {
         ("the settlement", audit, "append", 1),
     )
 }
+# The same of a run of restore-logs, which has its own steps and no archive to write.
+RESTORE: dict[str, tuple[Any, str, int, bool]] = {
+    f"restore, {step}": where
+    for step, where in {
+        "after plan": (RestoreLogs, "plan", 1, True),
+        "after claim": (RestoreLogs, "claim", 3, True),
+        "after apply": (RestoreLogs, "apply", 3, True),
+        "before commit of a bite": (RestoreLogs, "apply", 3, False),
+        "after commit of a bite": (RestoreLogs, "apply", 3, True),
+        "before verify": (RestoreLogs, "verify", 1, False),
+        "receipt written": (audit, "append", 1, True),
+    }.items()
+}
 
 
 def _die() -> None:
@@ -79,8 +93,8 @@ def _wrap(owner: Any, name: str, before: Callable[[], None], after: Callable[[],
 
 def arm(step: str) -> None:
     """Make this process die at the step."""
-    commit = step in COMMITS
-    owner, name, number, late = (BITE | AROUND | COMMITS | ANCHORING)[step]
+    commit = " commit of " in step
+    owner, name, number, late = (BITE | AROUND | COMMITS | ANCHORING | RESTORE)[step]
     calls = 0
 
     def count() -> None:

@@ -82,6 +82,8 @@ class LogTable(Records):
     record: bool = True
     # Which rows are security events, where the table tells.
     security: sa.ColumnElement[bool] | None = None
+    # What foreign keys of the table refer to, with just the columns they mean.
+    parents: tuple[sa.Table, ...] = ()
 
     def security_keep(self) -> tuple[Keep, ...]:
         """The keep that holds security events back; none where the table does not tell them."""

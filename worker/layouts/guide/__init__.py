@@ -48,6 +48,7 @@ _ACTIVITY_LOG = LogTable(
     company=ACTIVITY.c.company_id,
     indexed=True,
     security=sa.or_(*(ACTIVITY.c.action.like(family) for family in ("auth.%", "secret.%"))),
+    parents=(COMPANIES,),
     users=(ACTIVITY.c.actor_id,),
     texts=(ACTIVITY.c.metadata,),
 )

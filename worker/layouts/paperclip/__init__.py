@@ -18,6 +18,7 @@ from worker.layouts.paperclip.tables import (
     TERMINAL_RUN,
     TIME,
     catalogued,
+    parents,
     run_of_task,
     table,
 )
@@ -108,6 +109,7 @@ def _log(name: str, *, key: Any = sa.Uuid, age: str = "created_at", company: boo
         company=found.c.company_id if company else None,
         indexed=more.pop("indexed", company),
         keeps=keeps,
+        parents=parents(name),
         **_named(found),
         **more,
     )
@@ -121,6 +123,7 @@ _ACTIVITY_LOG = LogTable(
     indexed=True,
     keeps=(_run_live(ACTIVITY.c.run_id), _issue_open(), _cited()),
     security=sa.or_(*(ACTIVITY.c.action.like(family) for family in SECURITY_ACTIONS)),
+    parents=parents("activity_log"),
     **_named(ACTIVITY),
 )
 

@@ -46,3 +46,33 @@ def run_of_task(run: sa.ColumnElement[Any], ids: list[str]) -> sa.ColumnElement[
     """Whether a row's run worked on one of these tasks."""
     of = sa.or_(RUNS.c.context_snapshot["issueId"].astext.in_(ids), sa.cast(RUNS.c.native_issue_id, sa.Text).in_(ids))
     return sa.and_(run.is_not(None), run.in_(sa.select(RUNS.c.id).where(of)))
+
+
+# What the foreign keys of logs refer to, by the name their column has in each.
+_PARENTS = {
+    "action_request_id": "tool_action_requests",
+    "agent_id": "agents",
+    "application_id": "tool_applications",
+    "catalog_entry_id": "tool_catalog_entries",
+    "company_id": "companies",
+    "connection_id": "tool_connections",
+    "gateway_id": "tool_mcp_gateways",
+    "gateway_token_id": "tool_mcp_gateway_tokens",
+    "heartbeat_run_id": "heartbeat_runs",
+    "invocation_id": "tool_invocations",
+    "issue_id": "issues",
+    "plugin_id": "plugins",
+    "project_id": "projects",
+    "run_id": "heartbeat_runs",
+    "runtime_slot_id": "tool_runtime_slots",
+    "secret_id": "company_secrets",
+    "user_secret_definition_id": "user_secret_definitions",
+}
+
+
+def parents(name: str) -> tuple[sa.Table, ...]:
+    """What the foreign keys of a log refer to."""
+    found = sorted(
+        {_PARENTS[column] for column in catalogue.load("paperclip").tables[name].columns if column in _PARENTS}
+    )
+    return tuple(sa.Table(parent, sa.MetaData(schema="public"), sa.Column("id", sa.Uuid)) for parent in found)

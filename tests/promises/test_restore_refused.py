@@ -1,0 +1,293 @@
+"""What restore-logs refuses: in one line that says so, before anything is changed, without any row's content."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Callable
+
+import pytest
+import zstandard
+
+from tasks.archive_tasks import ArchiveTasks
+from tasks.prune_logs import PruneLogs
+from tasks.restore_logs import RestoreLogs
+from tests.cli.helpers import keys, refused, world
+from tests.conftest import Deployment
+from tests.promises.archived import complete, content, objects_of, prune, restore, store_of
+from worker.errors import Refused
+from worker.params import RunId
+
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+
+
+def _demand(
+    deployment: Deployment, *words: str, says: str, status: int = 2, env: dict[str, str] | None = None
+) -> str:
+    """The line by which it is refused; nothing has changed, in the ledger neither."""
+    before = (world(deployment), keys(deployment))
+    line = refused(deployment, "run", "restore-logs", "--inline", *words, says=says, status=status, env=env)
+    assert (world(deployment), keys(deployment)) == before
+    return line
+
+
+def _body(deployment: Deployment, key: str) -> bytes:
+    return b"".join(store_of(deployment).read(key))
+
+
+def _write(deployment: Deployment, key: str, body: bytes) -> str:
+    sha256 = hashlib.sha256(body).hexdigest()
+    store_of(deployment).put(key, io.BytesIO(body), sha256=sha256)
+    return sha256
+
+
+def _changed(body: bytes) -> bytes:
+    """The object with one letter of one row changed, packed anew."""
+    plain = zstandard.ZstdDecompressor().stream_reader(body).read()
+    return zstandard.compress(plain.replace(b"agent", b"tneag", 1))
+
+
+def _flip(deployment: Deployment, key: str) -> None:
+    body = bytearray(_body(deployment, key))
+    body[len(body) // 2] ^= 1
+    _write(deployment, key, bytes(body))
+
+
+def _swap(deployment: Deployment, key: str) -> None:
+    """With the ledger made to say the same, so that the manifest alone tells."""
+    sha256 = _write(deployment, key, _changed(_body(deployment, key)))
+    deployment.query("UPDATE paperclip_worker.objects SET sha256 = %s WHERE key = %s", sha256, key)
+
+
+def _manifest(key: str) -> str:
+    return key.partition("/company=")[0] + "/manifest.json"
+
+
+_HARM: dict[str, tuple[Callable[[Deployment, str], object], str]] = {
+    "other bytes": (_flip, "archive object .* is missing or has other bytes"),
+    "other rows": (
+        lambda deployment, key: _write(deployment, key, _changed(_body(deployment, key))),
+        "archive object .* is missing or has other bytes",
+    ),
+    "cut": (
+        lambda deployment, key: _write(deployment, key, _body(deployment, key)[:-9]),
+        "archive object .* is missing or has other bytes",
+    ),
+    "gone": (lambda deployment, key: store_of(deployment).delete([key]), "archive object .* is missing"),
+    "other rows, the ledger too": (_swap, "archive object .* is not the one that the manifest names"),
+    "manifest gone": (
+        lambda deployment, key: store_of(deployment).delete([_manifest(key)]),
+        "manifest.json is missing or is not the manifest that the receipt names",
+    ),
+    "manifest changed": (
+        lambda deployment, key: _write(deployment, _manifest(key), _body(deployment, _manifest(key)) + b" "),
+        "manifest.json is missing or is not the manifest that the receipt names",
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", _HARM)
+def test_a_harmed_archive(released: Deployment, harm: str) -> None:
+    run = prune(released)
+    act, says = _HARM[harm]
+    act(released, objects_of(released, run)[-1])
+    _demand(released, "--run", str(run), says=says)
+
+
+@pytest.mark.parametrize("harm", ["other bytes", "gone"])
+def test_an_archive_harmed_while_the_run_waits(released: Deployment, harm: str) -> None:
+    """What was whole when the run was entered is compared again when it is read."""
+    pruned = prune(released)
+    before = content(released, "activity_log")
+    run = released.operations.start(RestoreLogs(run=pruned), actor="tester", via="test")
+    _HARM[harm][0](released, objects_of(released, pruned)[0])
+    with pytest.raises(Refused, match="archive object"):
+        released.operations.runner().work(run, seconds=math.inf)
+    assert released.operations.result(run)["state"] == "failed"
+    assert content(released, "activity_log") == before
+
+
+@pytest.mark.parametrize(("rows", "tail"), [(2, "$"), (5, " and 2 more; nothing was put back$")])
+def test_rows_that_are_there_with_other_content(released: Deployment, rows: int, tail: str) -> None:
+    """Also where the ids are spread over objects: three are named, the rest counted, and no content is said."""
+    run = prune(released, bite_rows="50")
+    gone = content(released, "activity_log")
+    restore(released, run)
+    back = sorted(content(released, "activity_log").keys() - gone.keys())
+    other = back[:: len(back) // rows][:rows]
+    released.query("UPDATE activity_log SET action = 'hunter2' WHERE id::text = ANY(%s)", other)
+    line = _demand(released, "--run", str(run), says=f"rows with these ids and other content.*{tail}")
+    named = [one for one in back if one in line]
+    assert len(named) == min(rows, 3)
+    assert set(named) <= set(other)
+    assert "hunter2" not in line
+
+
+def test_json_null_and_null_are_not_the_same_content(released: Deployment) -> None:
+    released.query("UPDATE activity_log SET details = 'null'")
+    run = prune(released)
+    gone = content(released, "activity_log")
+    restore(released, run)
+    back = sorted(content(released, "activity_log").keys() - gone.keys())
+    released.query("UPDATE activity_log SET details = NULL WHERE id::text = %s", back[0])
+    _demand(released, "--run", str(run), says=f"other content: {back[0]}; nothing")
+
+
+def test_a_run_that_has_no_archive(released: Deployment) -> None:
+    without = prune(released, archive=False)
+    _demand(released, "--run", str(without), says=f"--run: run {without} archived no row")
+    tokens = RunId(complete(released, PruneLogs(table="session"))["run"])
+    _demand(released, "--run", str(tokens), says=f"--run: run {tokens} archived no row")
+    tasks = RunId(complete(released, ArchiveTasks())["run"])
+    _demand(released, "--run", str(tasks), says=f"--run: run {tasks} is not a run that archives rows of a log")
+    with pytest.raises(Refused, match="is not a run that archives"):
+        released.operations.start(RestoreLogs(run=RunId(UNKNOWN)), actor="tester", via="test")
+
+
+def test_words_that_name_nothing(released: Deployment) -> None:
+    run = prune(released)
+    _demand(released, says="--run says whose rows")
+    _demand(released, "--run", UNKNOWN, says="no run has an id that starts with")
+    _demand(released, "--run", "", says="an empty text names no run")
+    _demand(released, "--run", str(run), "--company", UNKNOWN, says=f"--company: {UNKNOWN} is not a company")
+    released.query("INSERT INTO companies (id, name, issue_prefix) VALUES (%s, 'New', 'NEW')", UNKNOWN)
+    _demand(released, "--run", str(run), "--company", UNKNOWN, says="archived no row of --company")
+
+
+def test_without_a_bucket(released: Deployment) -> None:
+    run = prune(released)
+    none = {"PAPERCLIP_WORKER_S3_BUCKET": ""}
+    line = _demand(released, "--run", str(run), says="PAPERCLIP_WORKER_S3_BUCKET is not set", env=none)
+    assert "--without-archive" not in line
+    plan = refused(released, "plan", "restore-logs", "--run", str(run), says="S3_BUCKET is not set", env=none)
+    assert "--without-archive" not in plan
+
+
+def test_a_column_that_the_table_lacks_now(released: Deployment) -> None:
+    released.query("ALTER TABLE activity_log ADD COLUMN mood text DEFAULT 'calm'")
+    run = prune(released)
+    released.query("ALTER TABLE activity_log DROP COLUMN mood")
+    _demand(released, "--run", str(run), says=r"the archive has activity_log\.mood, which the table lacks")
+
+
+def test_a_column_that_the_table_wants_now(released: Deployment) -> None:
+    run = prune(released)
+    released.query("ALTER TABLE activity_log ADD COLUMN mood text NOT NULL DEFAULT 'calm'")
+    released.query("ALTER TABLE activity_log ALTER COLUMN mood DROP DEFAULT")
+    _demand(released, "--run", str(run), says="activity_log wants a value for mood, which the archive lacks")
+
+
+def test_a_row_whose_parent_is_gone(deployment: Deployment) -> None:
+    """A plugin, run or company that was removed since: said before the first row is put back."""
+    if deployment.layout == "guide":
+        table, parent, key = "activity_log", "companies", "company_id"
+        deployment.query("INSERT INTO companies (id, name) VALUES (%s, 'Old')", UNKNOWN)
+        deployment.query(
+            "UPDATE activity_log SET company_id = %s "
+            'WHERE id IN (SELECT id FROM activity_log ORDER BY "timestamp" LIMIT 3)',
+            UNKNOWN,
+        )
+    else:
+        table, parent, key = "plugin_logs", "plugins", "plugin_id"
+        deployment.query(
+            "INSERT INTO plugins (id, plugin_key, package_name, version, manifest_json, installed_at, updated_at) "
+            "VALUES (%s, 'old', 'old', '1', '{}', now(), now())",
+            UNKNOWN,
+        )
+        deployment.query(
+            "UPDATE plugin_logs SET plugin_id = %s "
+            "WHERE id IN (SELECT id FROM plugin_logs ORDER BY created_at LIMIT 3)",
+            UNKNOWN,
+        )
+    run = prune(deployment, table)
+    deployment.query("DELETE FROM activity_log WHERE company_id = %s", UNKNOWN)
+    deployment.query(f"DELETE FROM {parent} WHERE id = %s", UNKNOWN)
+    _demand(
+        deployment, "--run", str(run), says=f"{table} refer to others that are gone: 3 to rows of {parent} .{key}.$"
+    )
+
+
+def test_a_parent_that_goes_while_the_run_waits(released: Deployment) -> None:
+    """The bite that finds out is rolled back, and the receipt has what is back."""
+    pruned = prune(released, "plugin_logs")
+    run = released.operations.start(RestoreLogs(run=pruned), actor="tester", via="test")
+    released.query("DELETE FROM plugins")
+    with pytest.raises(Refused, match="plugin_logs_plugin_id_fkey forbids it") as caught:
+        released.operations.runner().work(run, seconds=math.inf)
+    result = released.operations.result(run)
+    assert result["state"] == "failed"
+    assert result["receipt"]["error"] == str(caught.value)
+    assert result["rows"] == len(content(released, "plugin_logs")) == 0
+
+
+def test_a_place_that_another_row_has_taken(released: Deployment) -> None:
+    """A key that is not the table's own: no row is left out without a word."""
+    pruned = prune(released, "heartbeat_run_events")
+    first = released.query("SELECT id FROM heartbeat_run_events LIMIT 1")[0][0]
+    restore(released, pruned)
+    (taken,) = released.query("SELECT run_id, seq, id FROM heartbeat_run_events ORDER BY created_at LIMIT 1")
+    released.query("DELETE FROM heartbeat_run_events WHERE id = %s", taken[2])
+    released.query("UPDATE heartbeat_run_events SET run_id = %s, seq = %s WHERE id = %s", taken[0], taken[1], first)
+    before = content(released, "heartbeat_run_events")
+    run = released.operations.start(RestoreLogs(run=pruned), actor="tester", via="test")
+    with pytest.raises(Refused, match="heartbeat_run_events_run_seq_uq forbids it"):
+        released.operations.runner().work(run, seconds=math.inf)
+    assert content(released, "heartbeat_run_events") == before
+
+
+def test_a_row_that_comes_out_otherwise(released: Deployment) -> None:
+    """A trigger of the host's that changes what is inserted."""
+    pruned = prune(released, "plugin_logs")
+    released.query(
+        "CREATE FUNCTION louder() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN NEW.level := upper(NEW.level); RETURN NEW; END $$;"
+        "CREATE TRIGGER louder BEFORE INSERT ON plugin_logs FOR EACH ROW EXECUTE FUNCTION louder()"
+    )
+    before = content(released, "plugin_logs")
+    run = released.operations.start(RestoreLogs(run=pruned), actor="tester", via="test")
+    with pytest.raises(Refused, match="do not come out of plugin_logs as they are in the archive"):
+        released.operations.runner().work(run, seconds=math.inf)
+    assert content(released, "plugin_logs") == before
+
+
+def test_a_value_that_no_column_can_have(released: Deployment) -> None:
+    """PostgreSQL keeps an escaped NUL in plain json, and can take it out of none; its own sentence would quote it."""
+    released.query("""ALTER TABLE plugin_logs ADD plain json DEFAULT '{"hunter2": "\\u0000"}'""")
+    run = prune(released, "plugin_logs")
+    line = _demand(
+        released, "--run", str(run), says="plugin_logs does not take an archived row: a value does not fit"
+    )
+    assert "hunter2" not in line
+
+
+def test_while_rows_of_the_table_are_being_pruned(released: Deployment) -> None:
+    run = prune(released)
+    other = released.operations.start(PruneLogs(), actor="tester", via="test")
+    _demand(released, "--run", str(run), says=f"activity_log is being pruned by run {other}", status=3)
+    _demand(released, "--run", str(other), says=f"run {other} is under way", status=3)
+    logs = prune(released, "plugin_logs")
+    assert restore(released, logs)["rows"] > 0
+
+
+def test_a_prune_that_starts_between_entry_and_work(released: Deployment) -> None:
+    pruned = prune(released)
+    run = released.operations.start(RestoreLogs(run=pruned), actor="tester", via="test")
+    before = content(released, "activity_log")
+    released.operations.start(PruneLogs(), actor="tester", via="test")
+    with pytest.raises(Exception, match="is being pruned by run"):
+        released.operations.runner().work(run, seconds=math.inf)
+    assert content(released, "activity_log") == before
+
+
+def test_an_unfinished_prune_can_be_put_back(released: Deployment) -> None:
+    """A run that was stopped half-way has an archive of what it took."""
+    before = content(released, "activity_log")
+    small = released.with_settings(bite_rows="50")
+    run = small.start(PruneLogs(), actor="tester", via="test")
+    left = iter(range(6))
+    small.runner().work(run, seconds=math.inf, leave=lambda: next(left, None) is None)
+    small.stop(str(run))
+    assert len(before) - len(content(released, "activity_log")) > 0
+    restore(released, RunId(str(run)))
+    assert content(released, "activity_log") == before

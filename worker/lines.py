@@ -1,0 +1,223 @@
+"""A row as a line of an archive, in one place for both ways: JSON that gives back the very row.
+
+`row_to_json` says null for a column that is NULL and for one that holds the JSON value null. A row that has the
+latter names these columns in one more field of its line, the last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import IO, TYPE_CHECKING, Any, ClassVar
+
+import psycopg
+import sqlalchemy as sa
+import zstandard
+from psycopg import sql
+
+from worker import db
+from worker.errors import ArchiveTampered, Refused
+from worker.storage import Missing
+
+if TYPE_CHECKING:
+    from worker.storage import Store
+
+JSON_NULLS = "$json_null"
+# So much text of an object is held and sent to the server at once, but for a row that is larger.
+MOST_BYTES = 8 << 20
+_SPOOL = 8 << 20
+# A jsonb beyond this size is not null, and need not be unpacked to tell.
+_NULL_BYTES = 16
+_FLAT = bytes.maketrans(b"\r\n", b"  ")
+
+
+# -- in SQL -------------------------------------------------------------------------------------------
+
+
+def json_columns(connection: sa.Connection, table: str) -> dict[str, str]:
+    """The columns of a table that hold JSON now, and the type of each (`json`, `jsonb`)."""
+    kind = sa.func.format_type(_ATTRIBUTE.c.atttypid, None)
+    query = sa.select(_NAME, kind).where(_of(table), kind.in_(["json", "jsonb"])).order_by(_ATTRIBUTE.c.attnum)
+    return {row[0]: row[1] for row in connection.execute(query)}
+
+
+def required(connection: sa.Connection, table: str) -> list[str]:
+    """The columns of a table that a new row must name now."""
+    columns = _ATTRIBUTE.c
+    bare = sa.and_(columns.attnotnull, ~columns.atthasdef, columns.attidentity == "")
+    return list(connection.scalars(sa.select(_NAME).where(_of(table), bare).order_by(columns.attnum)))
+
+
+_ATTRIBUTE = sa.table(
+    "pg_attribute",
+    *map(sa.column, ("attrelid", "attname", "attnum", "atttypid", "attnotnull", "atthasdef", "attidentity")),
+    sa.column("attisdropped"),
+    schema="pg_catalog",
+)
+
+
+_NAME = sa.cast(_ATTRIBUTE.c.attname, sa.Text)
+
+
+def _of(table: str) -> sa.ColumnElement[bool]:
+    place = sa.func.to_regclass(sa.func.format("public.%I", sa.cast(table, sa.Text)))
+    return sa.and_(_ATTRIBUTE.c.attrelid == place, _ATTRIBUTE.c.attnum > 0, ~_ATTRIBUTE.c.attisdropped)
+
+
+def nulls(table: str, columns: Mapping[str, str]) -> sql.Composable:
+    """The names of a row's columns that hold the JSON value null, as `,"a","b"`: NULL but for few rows."""
+    tests = {
+        "json": "CASE WHEN json_typeof({column}) = 'null' THEN {name} END",
+        "jsonb": f"CASE WHEN pg_column_size({{column}}) <= {_NULL_BYTES} "
+        "THEN CASE WHEN jsonb_typeof({column}) = 'null' THEN {name} END END",
+    }
+    parts = [
+        sql.SQL(tests[kind]).format(column=sql.Identifier(table, name), name=sql.Literal("," + json.dumps(name)))
+        for name, kind in columns.items()
+    ]
+    return sql.SQL("nullif(concat({}), '')").format(sql.SQL(", ").join([sql.Literal(""), *parts]))
+
+
+def mark(line: bytes, names: bytes) -> bytes:
+    """The line of a row that has JSON nulls: `names` as `nulls` gives them."""
+    return flat(line)[:-2] + f',"{JSON_NULLS}":['.encode() + names[1:] + b"]}\n"
+
+
+def flat(line: bytes) -> bytes:
+    """One line of what COPY quoted for its line breaks.
+
+    Only the white space between tokens of a `json` column can hold one.
+    """
+    return line.strip(b"\x01\n").translate(_FLAT) + b"\n"
+
+
+def marked(lines: Iterable[str]) -> bool:
+    """Whether a line may name JSON nulls."""
+    return any(line.endswith("]}") and JSON_NULLS in line for line in lines)
+
+
+def columns(line: str) -> list[str]:
+    """The columns of a line's row."""
+    return [name for name in json.loads(line) if name != JSON_NULLS]
+
+
+def line_of(table: str, names: Iterable[str], json_columns: Mapping[str, str]) -> sql.Composable:
+    """A row as its line has it: these columns in this order, without any that the table has got since."""
+    names = list(names)
+    of_json = {name: kind for name, kind in json_columns.items() if name in names}
+    query = (
+        "(SELECT CASE WHEN n IS NULL THEN j ELSE left(j, -1) || {mark} || substr(n, 2) || ']}}' END "
+        "FROM (SELECT row_to_json(archived)::text AS j, {nulls} AS n FROM (SELECT {row}) AS archived) AS lined)"
+    )
+    return sql.SQL(query).format(
+        mark=sql.Literal(f',"{JSON_NULLS}":['),
+        nulls=nulls("archived", of_json),
+        row=sql.SQL(", ").join(sql.Identifier(table, name) for name in names),
+    )
+
+
+def values_of(record: str, names: Iterable[str], json_columns: Mapping[str, str], *, nulls: bool) -> sql.Composable:
+    """The values of a record that json_populate_record made; `nulls` when some line names JSON nulls."""
+    kept = "CASE WHEN given.line::jsonb -> {mark} ? {name} THEN 'null' ELSE {column} END"
+    return sql.SQL(", ").join(
+        sql.SQL(kept if nulls and name in json_columns else "{column}").format(
+            column=sql.Identifier(record, name), name=sql.Literal(name), mark=sql.Literal(JSON_NULLS)
+        )
+        for name in names
+    )
+
+
+# Where the lines go in a statement for `send`. No name in PostgreSQL can hold it.
+LINES = sql.SQL("\0")
+
+
+def send(
+    connection: sa.Connection, table: str, statement: sql.Composed, part: Sequence[str]
+) -> list[tuple[Any, ...]]:
+    """The rows of a statement on lines, which are its one parameter. Refused when the table cannot take one."""
+    # A column's name may hold a %, which the driver would take for a parameter.
+    text = statement.as_string().replace("%", "%%").replace(LINES.as_string(), "%s").encode()
+    with db.translated():
+        try:
+            rows: list[tuple[Any, ...]] = db.driver(connection).execute(text, ("\n".join(part),)).fetchall()
+        except (psycopg.IntegrityError, psycopg.DataError, psycopg.errors.GeneratedAlways) as error:
+            # The server's own sentence quotes the row.
+            found = error.diag.constraint_name or error.diag.column_name
+            reason = f"{found} forbids it" if found else "a value does not fit its column"
+            raise Refused(f"{table} does not take an archived row: {reason} (SQLSTATE {error.sqlstate})") from error
+    return rows
+
+
+# -- in an object -------------------------------------------------------------------------------------
+
+
+class Reader:
+    """One object at one line. Bites of a shard follow each other, so the last one is kept for the next."""
+
+    last: ClassVar[Reader | None] = None
+
+    def __init__(self, store: Store, key: str, sha256: str) -> None:
+        self.of = (key, sha256)
+        self._key, self._line, self._held = key, 0, list[str]()
+        body = tempfile.SpooledTemporaryFile(max_size=_SPOOL)  # noqa: SIM115 - closed with its stream
+        try:
+            _fetch(store, key, sha256, body)
+        except BaseException:
+            body.close()
+            raise
+        stream = zstandard.ZstdDecompressor().stream_reader(body, closefd=True)
+        self._lines = io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8", newline="\n")
+
+    @classmethod
+    def at(cls, store: Store, key: str, sha256: str, start: int) -> Reader:
+        """A reader of the object that can read on from a line. ArchiveTampered when it is not what was written."""
+        last = cls.last
+        if last is None or last.of != (key, sha256) or last.first > start:
+            if last is not None:
+                last.close()
+            cls.last = None
+            last = cls.last = cls(store, key, sha256)
+        return last
+
+    @property
+    def first(self) -> int:
+        """The first line that can still be had."""
+        return self._line - len(self._held)
+
+    def close(self) -> None:
+        self._lines.close()
+
+    def read(self, start: int, rows: int) -> list[str]:
+        """Lines from `start` on: at most so many, and no more than fit into MOST_BYTES, but at least one."""
+        if start < self._line:
+            held = start - self.first
+            return self._held[held : held + rows]
+        self._held = []
+        for _ in islice(self._lines, start - self._line):
+            self._line += 1
+        size = 0
+        while len(self._held) < rows and size < MOST_BYTES:
+            line = self._lines.readline()
+            if not line:
+                raise ArchiveTampered(f"archive object {self._key} has fewer rows than were written")
+            self._held.append(line.removesuffix("\n"))
+            self._line += 1
+            size += len(line)
+        return self._held
+
+
+def _fetch(store: Store, key: str, sha256: str, body: IO[bytes]) -> None:
+    digest = hashlib.sha256()
+    try:
+        for chunk in store.read(key):
+            digest.update(chunk)
+            body.write(chunk)
+    except Missing as error:
+        raise ArchiveTampered(f"archive object {key} is missing") from error
+    if digest.hexdigest() != sha256:
+        raise ArchiveTampered(f"archive object {key} has other bytes than were written")
+    body.seek(0)
