@@ -102,6 +102,15 @@ class Worker:
         self._process.wait(30)
 
 
+def run_job(environment: dict[str, str], job: str, *words: str, worker: bool) -> tuple[int, float]:
+    """Rows and seconds, entered to settled, of a run by a real worker with its default two processes, or inline."""
+    where = [] if worker else ["--inline"]
+    result = cli(environment, "run", job, "--yes", "--json", *where, *words)
+    assert result["kept"]
+    began, ended = (datetime.fromisoformat(result[name]) for name in ("created_at", "settled_at"))
+    return result["rows"], (ended - began).total_seconds()
+
+
 _ROWS = """
 INSERT INTO activity_log (id, company_id, actor_type, actor_id, action, entity_type, entity_id, run_id, details,
                           created_at)
@@ -212,83 +221,3 @@ def copy_of(admin_url: str, template: str, name: str) -> None:
         query = "CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY"
         connection.execute(sql.SQL(query).format(sql.Identifier(name), sql.Identifier(template)))
         connection.execute("CHECKPOINT")
-
-
-class Bench:
-    """One set of servers with production durability, and template databases of several sizes."""
-
-    def __init__(self, servers: embedded.Embedded, key: Path) -> None:
-        self._servers, self._key = servers, key
-        self.admin = servers.environment()["DATABASE_URL"]
-        self._made: set[int] = set()
-
-    def database(self, rows: int) -> dict[str, str]:
-        """The environment of a fresh copy of a log of so many rows."""
-        template = f"log{rows}"
-        if rows not in self._made:
-            with psycopg.connect(self.admin, autocommit=True) as connection:
-                connection.execute(f"CREATE DATABASE {template}".encode())
-            url = self._servers.environment(template)["DATABASE_URL"]
-            engine = sa.create_engine(url.replace("postgres://", "postgresql+psycopg://", 1))
-            with engine.begin() as connection:
-                demo_schema.create(connection, "paperclip")
-                demo_schema.seed(connection, "paperclip", rows=1_000, now=NOW, companies=8)
-            ledger.init(engine)
-            engine.dispose()
-            fill(url, rows)
-            self._made.add(rows)
-        copy_of(self.admin, template, "bench")
-        return {
-            **self._servers.environment("bench"),
-            "PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(self._key),
-            "PATH": "/usr/bin:/bin",
-        }
-
-
-def cli(environment: dict[str, str], *words: str) -> dict[str, Any]:
-    """What a command prints as JSON."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), *words], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def run_job(environment: dict[str, str], job: str, *words: str, worker: bool) -> tuple[int, float]:
-    """Rows and seconds, entered to settled, of a run by a real worker with its default two processes, or inline."""
-    where = [] if worker else ["--inline"]
-    result = cli(environment, "run", job, "--yes", "--json", *where, *words)
-    assert result["kept"]
-    began, ended = (datetime.fromisoformat(result[name]) for name in ("created_at", "settled_at"))
-    return result["rows"], (ended - began).total_seconds()
-
-
-class Worker:
-    """A real worker with its default two processes."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "cli.py"), "worker"],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        time.sleep(4)
-
-    def peak(self) -> int:
-        """Peak resident memory of the largest process of the worker, in MB."""
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        peaks = []
-        for pid in [str(self._process.pid), *children]:
-            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM"):
-                    peaks.append(int(line.split()[1]) // 1024)
-        return max(peaks)
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(30)

@@ -32,6 +32,10 @@ class CountCompanies(Job):
     def needs(self, layout):
         return (layout.companies,)
 
+    @classmethod
+    def rights(cls, layout):
+        return ()
+
     def check(self, means):
         means.require_companies(())
 
