@@ -14,65 +14,18 @@ from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 from sqlalchemy import exc
-from sqlalchemy.dialects.postgresql import JSONB
 
-from worker import db
 from worker.archive import ArchivedObject
-from worker.errors import LedgerMissing, Refused, UnderWay
+from worker.errors import Refused, UnderWay
 from worker.job import Shard, Tally
+from worker.ledger_schema import BITES, OBJECTS, RUNS, SCHEMA, SHARDS, VERSION, init, require
 from worker.states import ACTIVE, STEPS, State
 
 if TYPE_CHECKING:
     from worker.job import Plan
 
-SCHEMA = "paperclip_worker"
-VERSION = "0004"
-
-_meta = sa.MetaData(schema=SCHEMA)
-
-
-def _c(name: str, kind: Any) -> sa.Column[Any]:
-    return sa.Column(name, kind)
-
-
-_TIME = sa.DateTime(timezone=True)
-RUNS = sa.Table(
-    "runs",
-    _meta,
-    _c("id", sa.Uuid),
-    *(_c(name, sa.Text) for name in ("job", "exclusion", "layout", "state", "plan_hash", "actor", "reason")),
-    *(_c(name, sa.Text) for name in ("via", "waiting", "error")),
-    *(_c(name, JSONB(none_as_null=True)) for name in ("params", "plan", "findings", "left_rows", "waits")),
-    *(_c(name, sa.BigInteger) for name in ("sweep", "planned_rows", "rescues")),
-    *(_c(name, _TIME) for name in ("now", "created_at", "touched_at", "settled_at")),
-)
-SHARDS = sa.Table(
-    "shards",
-    _meta,
-    _c("run_id", sa.Uuid),
-    *(
-        _c(name, sa.BigInteger)
-        for name in ("sweep", "number", "planned_rows", "bites", "rows", "bytes", "microseconds")
-    ),
-    _c("key", sa.Text),
-    *(_c(name, JSONB(none_as_null=True)) for name in ("spec", "cursor", "tally")),
-    _c("done", sa.Boolean),
-    _c("touched_at", _TIME),
-)
-BITES = sa.Table(
-    "bites",
-    _meta,
-    _c("run_id", sa.Uuid),
-    *(_c(name, sa.BigInteger) for name in ("sweep", "shard", "number", "rows", "bytes", "microseconds")),
-    _c("cursor", JSONB(none_as_null=True)),
-)
-OBJECTS = sa.Table(
-    "objects",
-    _meta,
-    _c("run_id", sa.Uuid),
-    *(_c(name, sa.Text) for name in ("key", "table", "company", "sha256", "first", "last")),
-    *(_c(name, sa.BigInteger) for name in ("rows", "bytes", "raw_bytes")),
-)
+# The one door to the ledger for everybody else, its schema included.
+__all__ = ["OBJECTS", "RUNS", "SCHEMA", "SHARDS", "VERSION", "init", "require"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,41 +68,6 @@ class HeldShard:
     cursor: Mapping[str, Any] | None
     tally: Tally
     shard: Shard
-
-
-def init(engine: sa.Engine) -> None:
-    """Create the ledger or bring it to this release's version. Safe to repeat; one at a time."""
-    from alembic import command  # noqa: PLC0415 - nothing else of this module needs alembic
-    from alembic.config import Config  # noqa: PLC0415
-
-    with db.transaction(engine, lock=30, statement=300) as connection:
-        db.advisory_lock(connection, "ledger")
-        if (_version(connection) or "") > VERSION:
-            raise LedgerMissing("the ledger is of a newer release; upgrade this paperclip-worker")
-        connection.execute(sa.schema.CreateSchema(SCHEMA, if_not_exists=True))
-        config = Config()
-        config.set_main_option("script_location", "worker:migrations")
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
-
-
-def require(connection: sa.Connection) -> None:
-    """Raise LedgerMissing when the ledger is not there or not of this release."""
-    version = _version(connection)
-    if version is None:
-        raise LedgerMissing("the ledger is not there; run `paperclip-worker db init`")
-    if version < VERSION:
-        raise LedgerMissing("the ledger is of an older release; run `paperclip-worker db init`")
-    if version > VERSION:
-        raise LedgerMissing("the ledger is of a newer release; upgrade this paperclip-worker")
-
-
-def _version(connection: sa.Connection) -> str | None:
-    if connection.scalar(sa.select(sa.func.to_regclass(f"{SCHEMA}.alembic_version"))) is None:
-        return None
-    table = sa.table("alembic_version", schema=SCHEMA)
-    version: str | None = connection.scalar(sa.select(sa.column("version_num", sa.Text)).select_from(table))
-    return version
 
 
 def create(
