@@ -208,9 +208,14 @@ class RowSet:
 
     def rows(self, batch: Batch) -> sa.ColumnElement[bool]:
         """The rows of a batch that go."""
+        window = self.window(batch)
+        return window if batch.exact else sa.and_(window, self.eligible)
+
+    def window(self, batch: Batch) -> sa.ColumnElement[bool]:
+        """Where a batch's rows are; some that are there stay."""
         if batch.window is None:
             raise TypeError("the batch says no rows")
-        return batch.window if batch.exact else sa.and_(batch.window, self.eligible)
+        return batch.window
 
     # -- parts ----------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from sqlalchemy.dialects import postgresql
 from worker.job import Shard, Target
 from worker.rowset import CTID, WINDOW_BLOCKS, RowSet, tid
 
-SHARD_ROWS = 100_000
+SHARD_ROWS = 20_000
 MOST_SHARDS = 16
 # Reading a table of this many blocks (512 MB) costs less than the random reads of index order.
 SMALL_TABLE_BLOCKS = 65_536

@@ -80,7 +80,8 @@ class TaskSets:
         found = (self._tasks.key.label("task"), rows.whose.label("company"), before.c.size.label("size"))
         return (
             sa.update(self._tasks.table)
-            .where(before.c.key == self._tasks.key)
+            # The window again, or a seemingly large batch is joined by a scan of the whole table.
+            .where(rows.window(batch), before.c.key == self._tasks.key)
             .values(dict(values))
             .returning(*found, self._tasks.mark.label("mark"))
             .cte("done")

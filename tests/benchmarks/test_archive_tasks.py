@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,10 @@ def _with_guards(environment: dict[str, str], layout: str) -> tuple[int, float]:
     return done, done / seconds
 
 
+def _writer(environment: dict[str, str], layout: str) -> AbstractContextManager[Callable[[], dict[str, float]]]:
+    return bench.writer(environment["DATABASE_URL"], going=_GOING[layout], touch=_TOUCH[layout])
+
+
 @pytest.mark.parametrize("layout", ["guide", "paperclip"])
 def test_rate(large: Bench, capsys: Any, layout: str) -> None:
     """At least 0.8 (guide) and 0.6 (released) of a giant UPDATE, while a writer waits under 50 ms at p99."""
@@ -174,17 +179,18 @@ def test_rate(large: Bench, capsys: Any, layout: str) -> None:
     waits: list[dict[str, float]] = []
     for _ in range(bench.REPEATS):
         environment = large.database(layout)
-        with (
-            bench.Worker(environment),
-            bench.writer(environment["DATABASE_URL"], going=_GOING[layout], touch=_TOUCH[layout]) as report,
-        ):
+        with bench.Worker(environment), _writer(environment, layout) as report:
             result, rate = _run(environment)
             waits.append(report())
             rates["worker"].append(rate)
             ids = _archived(environment, result["run"])
             rates["undo"].append(_run(environment, "--undo", result["run"])[1])
-        rates["giant by ids"].append(_by_ids(large.database(layout), layout, ids))
-        rows, rate = _with_guards(large.database(layout), layout)
+        environment = large.database(layout)
+        with _writer(environment, layout):
+            rates["giant by ids"].append(_by_ids(environment, layout, ids))
+        environment = large.database(layout)
+        with _writer(environment, layout):
+            rows, rate = _with_guards(environment, layout)
         assert abs(rows - len(ids)) < 100  # the horizon moves on by a few rows between the two
         rates["giant with guards"].append(rate)
     limits = {name: bench.median(rates[name]) for name in ("giant by ids", "giant with guards")}
