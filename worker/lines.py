@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
@@ -122,28 +122,31 @@ def line_of(table: str, names: Iterable[str], json_columns: Mapping[str, str]) -
 
 def values_of(record: str, names: Iterable[str], json_columns: Mapping[str, str], *, nulls: bool) -> sql.Composable:
     """The values of a record that json_populate_record made; `nulls` when some line names JSON nulls."""
-    kept = "CASE WHEN given.line::jsonb -> {mark} ? {name} THEN 'null' ELSE {column} END"
+    kept = "CASE WHEN line::jsonb -> {mark} ? {name} THEN 'null' ELSE ({record}).{column} END"
     return sql.SQL(", ").join(
-        sql.SQL(kept if nulls and name in json_columns else "{column}").format(
-            column=sql.Identifier(record, name), name=sql.Literal(name), mark=sql.Literal(JSON_NULLS)
+        sql.SQL(kept if nulls and name in json_columns else "({record}).{column}").format(
+            record=sql.Identifier(record),
+            column=sql.Identifier(name),
+            name=sql.Literal(name),
+            mark=sql.Literal(JSON_NULLS),
         )
         for name in names
     )
 
 
-# Where the lines go in a statement for `send`. No name in PostgreSQL can hold it.
-LINES = sql.SQL("\0")
+# Where the parameter goes in a statement for `send`. No name in PostgreSQL can hold it.
+GIVEN = sql.SQL("\0")
 
 
 def send(
-    connection: sa.Connection, table: str, statement: sql.Composed, part: Sequence[str]
+    connection: sa.Connection, table: str, statement: sql.Composed, given: str | list[str]
 ) -> list[tuple[Any, ...]]:
-    """The rows of a statement on lines, which are its one parameter. Refused when the table cannot take one."""
+    """The rows of a statement with one parameter. Refused when the table cannot take a line."""
     # A column's name may hold a %, which the driver would take for a parameter.
-    text = statement.as_string().replace("%", "%%").replace(LINES.as_string(), "%s").encode()
+    text = statement.as_string().replace("%", "%%").replace(GIVEN.as_string(), "%s").encode()
     with db.translated():
         try:
-            rows: list[tuple[Any, ...]] = db.driver(connection).execute(text, ("\n".join(part),)).fetchall()
+            rows: list[tuple[Any, ...]] = db.driver(connection).execute(text, (given,)).fetchall()
         except (psycopg.IntegrityError, psycopg.DataError, psycopg.errors.GeneratedAlways) as error:
             # The server's own sentence quotes the row.
             found = error.diag.constraint_name or error.diag.column_name

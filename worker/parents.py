@@ -55,10 +55,10 @@ class Orphans:
             for schema, parent, own, other in self._keys
         ]
         statement = sql.SQL(
-            "SELECT {counts} FROM string_to_table({lines}, E'\\n') AS given (line), "
+            "SELECT {counts} FROM string_to_table({given}, E'\\n') AS given (line), "
             "json_populate_record(NULL::{table}, given.line::json) AS r"
-        ).format(counts=sql.SQL(", ").join(counts), lines=lines.LINES, table=sql.Identifier("public", self._log))
-        (found,) = lines.send(self._connection, self._log, statement, part)
+        ).format(counts=sql.SQL(", ").join(counts), given=lines.GIVEN, table=sql.Identifier("public", self._log))
+        (found,) = lines.send(self._connection, self._log, statement, "\n".join(part))
         for (_, parent, own, _), rows in zip(self._keys, found, strict=True):
             self._found[f"of {parent} ({', '.join(own)})"] += rows
 
