@@ -291,8 +291,9 @@ def test_runs_that_cannot_be_named_stopped_or_resumed(released: Deployment) -> N
         )
     run = str(complete(released)["run"])
     found = world(released)
-    for name in ("aaaa", "AAAAAAAA-0000", ""):
+    for name in ("aaaa", "AAAAAAAA-0000"):
         refused(released, "runs", "show", name, says="runs have an id that starts with")
+    refused(released, "runs", "show", "", says="an empty text names no run")
     refused(released, "runs", "stop", run, says="is kept; only a run under way")
     refused(released, "runs", "resume", run, "--inline", says="is kept; only a stopped or failed")
     assert world(released) == found
