@@ -24,7 +24,7 @@ FROM unnest(%(kinds)s::text[]) AS kind, generate_series(1, 10) AS n
 _POLICIES = """
 INSERT INTO paperclip_worker.policies ("table", company, version, keep_seconds, reason, actor, created_at)
 SELECT 'activity_log', id, 1, 100 * 86400, 'law', 'officer', now() - interval '1 day'
-FROM (SELECT id FROM companies ORDER BY id OFFSET 2) AS some
+FROM (SELECT id FROM companies ORDER BY id OFFSET 2) AS later
 """
 SETTINGS: dict[str, tuple[str, ...]] = {
     "policies of 6 companies, holds on 10 companies": ("company",),
