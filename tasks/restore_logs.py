@@ -74,7 +74,7 @@ class RestoreLogs(Job):
             ),
         )
 
-    def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:  # noqa: ARG002
+    def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:  # noqa: ARG002 - one an object
         return self._restore(means).shards()
 
     def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:

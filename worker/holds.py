@@ -91,9 +91,12 @@ class Holds:
         if (companies := self.targets("company")) and records.company is not None:
             terms.append(records.company.in_([UUID(one) for one in companies]))
         if users := self.targets("user"):
-            terms += [records.names_user(users), records.mentions(users)]
+            terms.append(records.names_user(users))
         if tasks := self.targets("task"):
-            terms += [records.names_task(tasks), records.mentions(tasks)]
+            terms.append(records.names_task(tasks))
+        if users or tasks:
+            # Asked once for all ids: each time the row's JSON is made into text.
+            terms.append(records.mentions([*users, *tasks]))
         # A column that is NULL must not make the whole answer NULL, which would be neither held nor free.
         return (_keep(sa.func.coalesce(sa.or_(*terms), sa.false())),) if terms else ()
 
