@@ -61,6 +61,10 @@ class DatabaseGone(Transient):
     """The database cannot be reached, or ended our connection."""
 
 
+class Waits(Transient):
+    """A run can only go on when somebody outside has done something; the message says what."""
+
+
 class StorageFault(Transient):
     """The object store refused, did not answer, or answered with other bytes than were written."""
 

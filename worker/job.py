@@ -155,11 +155,15 @@ def horizon_of(plan_hash: str, *, now: datetime) -> datetime:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """An independent slice of a run that any worker may take. `spec` is JSON the job alone understands."""
+    """An independent slice of a run that any worker may take. `spec` is JSON the job alone understands.
+
+    One of a later `stage` is taken when all of the earlier ones are done.
+    """
 
     key: str
     rows: int
     spec: Mapping[str, Any]
+    stage: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +230,8 @@ class Job(abc.ABC):
     name: ClassVar[str]
     action: ClassVar[str]
     destructive: ClassVar[bool] = True
+    # Whether a bite sees what others commit while it runs: for a job that first locks, then looks.
+    read_committed: ClassVar[bool] = False
 
     @property
     def activity(self) -> str:

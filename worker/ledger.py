@@ -183,6 +183,7 @@ def add_shards(connection: sa.Connection, run: UUID, sweep: int, shards: Iterabl
         {
             "run_id": run,
             "sweep": sweep,
+            "stage": shard.stage,
             "number": number,
             "key": shard.key,
             "planned_rows": shard.rows,
@@ -197,10 +198,14 @@ def add_shards(connection: sa.Connection, run: UUID, sweep: int, shards: Iterabl
 
 def take_shard(connection: sa.Connection, run: UUID) -> HeldShard | None:
     """Lock an unfinished shard nobody else holds, while the run is running; None when there is none."""
+    other = SHARDS.alias()
+    of_run = sa.and_(other.c.run_id == RUNS.c.id, other.c.sweep == RUNS.c.sweep, ~other.c.done)
+    earliest = sa.select(sa.func.min(other.c.stage)).where(of_run).correlate(RUNS).scalar_subquery()
     query = (
         sa.select(SHARDS)
         .join(RUNS, RUNS.c.id == SHARDS.c.run_id)
         .where(RUNS.c.id == run, RUNS.c.state == State.RUNNING, SHARDS.c.sweep == RUNS.c.sweep, ~SHARDS.c.done)
+        .where(SHARDS.c.stage == earliest)
         .order_by(SHARDS.c.number)
         .limit(1)
         .with_for_update(of=SHARDS, skip_locked=True)
@@ -215,7 +220,7 @@ def take_shard(connection: sa.Connection, run: UUID) -> HeldShard | None:
         bites=row.bites,
         cursor=row.cursor,
         tally=Tally.from_json(row.tally),
-        shard=Shard(key=row.key, rows=row.planned_rows, spec=row.spec),
+        shard=Shard(key=row.key, rows=row.planned_rows, spec=row.spec, stage=row.stage),
     )
 
 

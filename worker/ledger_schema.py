@@ -11,7 +11,7 @@ from worker import db
 from worker.errors import LedgerMissing
 
 SCHEMA = "paperclip_worker"
-VERSION = "0004"
+VERSION = "0005"
 
 _meta = sa.MetaData(schema=SCHEMA)
 
@@ -37,7 +37,7 @@ SHARDS = sa.Table(
     _c("run_id", sa.Uuid),
     *(
         _c(name, sa.BigInteger)
-        for name in ("sweep", "number", "planned_rows", "bites", "rows", "bytes", "microseconds")
+        for name in ("sweep", "stage", "number", "planned_rows", "bites", "rows", "bytes", "microseconds")
     ),
     _c("key", sa.Text),
     *(_c(name, JSONB(none_as_null=True)) for name in ("spec", "cursor", "tally")),

@@ -103,12 +103,21 @@ def _bool(value: Any) -> bool:
     return value
 
 
+def _int(value: Any) -> int:
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
+        return int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise Refused(f"{value!r} is not a whole number, zero or above")
+    return value
+
+
 _READ: Mapping[Any, Any] = {
     timedelta: duration,
     UUID: _uuid,
     RunId: lambda text: RunId(str(_uuid(text))),
     str: str,
     bool: _bool,
+    int: _int,
 }
 _WRITE: Mapping[Any, Any] = {timedelta: duration_text, UUID: str, RunId: str}
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from worker import anchors, audit, db, holds, layouts, ledger, params, registry, settle
-from worker.errors import Contended, DatabaseGone, Refused, Transient, WorkerError
+from worker.errors import Contended, DatabaseGone, Refused, Transient, Waits, WorkerError
 from worker.job import Tally
 from worker.logs import log
 from worker.means import Means
@@ -36,6 +36,7 @@ MOST_FAULTS = 10
 _LONGEST_REST = 5.0
 # A settlement waits for the bucket no longer than for so many receipts; the next, or the rescue, has the rest.
 MOST_ANCHORED = 200
+_SEES_COMMITS = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
 
 
 class Outcome(Enum):
@@ -84,6 +85,9 @@ class Runner:
             try:
                 outcome = self._advance(run, call_help)
                 self._faults = 0
+            except Waits as wait:
+                outcome = None
+                self._note_wait(run, str(wait))
             except Transient as fault:
                 # Counted beyond this slice: a store that hangs outlasts one.
                 self._faults, outcome = self._faults + 1, None
@@ -150,7 +154,8 @@ class Runner:
         job = params.from_json(registry.job(run.job), run.params)
         asked = self._throttle.rows(contended=self._contended)
         began = time.monotonic()
-        with self._transaction(first=holds.SHARED) as connection:
+        first = f"{_SEES_COMMITS}; {holds.SHARED}" if job.read_committed else holds.SHARED
+        with self._transaction(first=first) as connection:
             held = ledger.take_shard(connection, run.id)
             if held is None:
                 return False
@@ -261,6 +266,13 @@ class Runner:
                 self.give_up(run, str(fault))
             raise fault
         time.sleep(min(_LONGEST_REST, 0.05 * 2**faults))
+
+    def _note_wait(self, run: UUID, what: str) -> None:
+        """Say what a run waits for, a moment long; it is no fault however long it takes."""
+        with self._transaction() as connection:
+            ledger.note_wait(connection, run, what, kind="operator", seconds=1)
+        self._running = None
+        time.sleep(1)
 
     def give_up(self, run_id: UUID, error: str) -> None:
         """Settle a run as failed, unless another worker has a bite of it in flight."""

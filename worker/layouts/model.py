@@ -105,6 +105,28 @@ class TaskTable(Records):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Carrier:
+    """A JSON column that holds ciphertext of the master key, as a whole or somewhere in it.
+
+    `company` is a scalar expression; `digest` the column with the plaintext's SHA-256, where the ciphertext is the
+    whole value; `reads` what the expression reads besides. `fresh`: a row the app adds holds ciphertext made then,
+    and not a copy of older.
+    """
+
+    table: sa.Table
+    key: sa.Column[Any]
+    column: sa.Column[Any]
+    company: sa.ColumnElement[Any]
+    digest: sa.Column[Any] | None = None
+    reads: tuple[sa.Table, ...] = ()
+    fresh: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.table.name}.{self.column.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Subject:
     """What an operator may name in a legal hold: `key` is its id, `names` are other unique or near-unique names."""
 
@@ -154,6 +176,10 @@ class Layout:
     logs: Mapping[str, LogTable]
     tasks: TaskTable
     subjects: Mapping[str, Subject]
+    # The scheme of ciphertext of the master key, where it is, and what the app locks before all of that.
+    scheme: str
+    carriers: tuple[Carrier, ...]
+    locked_first: tuple[sa.Table, ...]
     # Tables whose presence tells this layout from the others.
     landmarks: tuple[sa.Table, ...]
     record_activity: Callable[[Activity], sa.Insert]

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
-from worker.layouts.model import Layout, LogTable, Subject, TaskTable, record_activity
+from worker.layouts.model import Carrier, Layout, LogTable, Subject, TaskTable, record_activity
 
 _meta = sa.MetaData(schema="public")
 _TIME = sa.DateTime(timezone=True)
@@ -39,6 +39,17 @@ ACTIVITY = _table(
     actor_id=sa.Text,
     metadata=JSONB,
     timestamp=_TIME,
+)
+
+_SECRETS = _table("company_secrets", id=sa.Uuid, company_id=sa.Uuid)
+_VERSIONS = _table("company_secret_versions", id=sa.Uuid, secret_id=sa.Uuid, material=JSONB)
+_MATERIAL = Carrier(
+    table=_VERSIONS,
+    key=_VERSIONS.c.id,
+    column=_VERSIONS.c.material,
+    company=sa.select(_SECRETS.c.company_id).where(_SECRETS.c.id == _VERSIONS.c.secret_id).scalar_subquery(),
+    reads=(_SECRETS,),
+    fresh=True,
 )
 
 _ACTIVITY_LOG = LogTable(

@@ -22,6 +22,7 @@ from worker.layouts.paperclip.tables import (
     run_of_task,
     table,
 )
+from worker.layouts.paperclip.carriers import CARRIERS, SCHEME, SECRETS
 from worker.layouts.paperclip.tasks import TASK_TABLE, TASKS
 
 # §2.3: the families an auditor asks for long after the rest has gone.
@@ -151,6 +152,9 @@ PAPERCLIP = Layout(
         "user": Subject(key=_USERS.c.id, names=(_USERS.c.email,)),
         "task": Subject(key=TASKS.c.id, names=(TASKS.c.identifier,)),
     },
+    scheme=SCHEME,
+    carriers=CARRIERS,
+    locked_first=(SECRETS,),
     landmarks=(COMPANIES, ISSUES, RUNS, ACTIVITY),
     record_activity=record_activity(
         ACTIVITY, details="details", at="created_at", entity_type="company", entity_id="company_id"

@@ -1,0 +1,283 @@
+"""Ciphertext of the master key as it lies in the database: read in streams, made ready beside, swapped by statements.
+
+A row's place and version (ctid, xmin) name exactly one state of it: what was made ready for that state is swapped in
+only while it lasts. Whoever changes a row makes it another, which is looked at again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from worker import db
+from worker.db import Tid
+from worker.job import Amount, Tally
+from worker.ledger import SCHEMA
+from worker.reseal import Census, Resealer
+
+if TYPE_CHECKING:
+    from worker.layouts.model import Carrier
+
+_SPOOL = 16 << 20
+_DIGESTLESS = ("json", "xml")
+
+
+class _Xid(sa.types.UserDefinedType[str]):
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "xid"
+
+
+class Xid8(sa.types.UserDefinedType[str]):
+    """A transaction's number that never wraps around."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "xid8"
+
+
+RESEALED = sa.Table(
+    "resealed",
+    sa.MetaData(schema=SCHEMA),
+    sa.Column("run_id", sa.Uuid),
+    sa.Column("carrier", sa.Text),
+    sa.Column("key", sa.Uuid),
+    sa.Column("place", Tid()),
+    sa.Column("version", _Xid()),
+    sa.Column("rest", sa.BigInteger),
+    sa.Column("value", postgresql.JSONB),
+)
+_PLACE: sa.ColumnClause[Any] = sa.column("ctid", Tid())
+_VERSION: sa.ColumnClause[Any] = sa.column("xmin", _Xid())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What a look found: rows with ciphertext, envelopes by key, rows made ready, and rows whose digest is off."""
+
+    rows: int = 0
+    census: Census
+    ready: int = 0
+    fresh: int = 0
+    odd: int = 0
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row with ciphertext: its key, place, version, company, digests and the column's text."""
+
+    key: bytes
+    place: bytes
+    version: bytes
+    rest: bytes
+    company: bytes
+    digest: bytes
+    text: bytes
+
+
+class Ciphertext:
+    """One carrier's rows in one transaction."""
+
+    def __init__(self, connection: sa.Connection, carrier: Carrier, scheme: str) -> None:
+        self._connection = connection
+        self._carrier = carrier
+        self._scheme = scheme
+
+    # -- which rows ---------------------------------------------------------------------------------
+
+    def within(self, first: int, end: int | None) -> sa.ColumnElement[bool]:
+        """The rows in these blocks of the table."""
+        terms = [_PLACE >= tid(first)]
+        return sa.and_(*terms, *([_PLACE < tid(end)] if end is not None else []))
+
+    @staticmethod
+    def since(horizon: str, *, but: str | None = None) -> sa.ColumnElement[bool]:
+        """The row states written by transactions that were not over at the horizon, without those by one of them.
+
+        Compared by age: the numbers in a row wrap around, their distance from now does not within a run.
+        """
+        age = sa.func.age(_xid(horizon))
+        term = sa.func.age(_VERSION) <= age
+        return sa.and_(term, _VERSION != _xid(but)) if but else term
+
+    # -- looking ------------------------------------------------------------------------------------
+
+    def rows(self, where: sa.ColumnElement[bool], *, rest: bool = False, company: bool = False) -> Iterator[tuple[Any, ...]]:
+        """(key, place, version, rest, company, digest, text) of rows that may hold ciphertext, as bytes, in a stream."""
+        carrier = self._carrier
+        text = sa.cast(carrier.column, sa.Text)
+        nothing = sa.literal_column("''")
+        query = (
+            sa.select(
+                carrier.key,
+                _PLACE,
+                _VERSION,
+                self._rest() if rest else nothing,
+                carrier.company if company else nothing,
+                carrier.digest if carrier.digest is not None else nothing,
+                text,
+            )
+            .select_from(carrier.table)
+            # After the other terms: it makes the whole value into text.
+            .where(where, sa.case((where, text.like(f"%{self._scheme}%")), else_=sa.false()))
+        )
+        statement, parameters = db.copy_statement(self._connection, query)
+        with db.driver(self._connection).cursor() as cursor, cursor.copy(statement, parameters) as copy:
+            for line in copy:
+                yield tuple(bytes(line).rstrip(b"\n").split(b"\x02"))
+
+    def _rest(self) -> sa.ColumnElement[Any]:
+        """A digest of every other column of a row."""
+        quote = self._connection.dialect.identifier_preparer.quote
+        terms = []
+        for name, kind in _columns(self._connection, self._carrier.table):
+            if name != self._carrier.column.name:
+                terms.append(f"{quote(name)}::text" if kind in _DIGESTLESS else quote(name))
+        return sa.literal_column(f"hash_record_extended(ROW({', '.join(terms)}), 0)")
+
+    # -- making ready -------------------------------------------------------------------------------
+
+    def take(self, run: UUID, where: sa.ColumnElement[bool], resealer: Resealer, *, again: bool) -> Taken:
+        """Seal anew, beside the table, what the old key opens in these rows. Nobody waits for it.
+
+        `again`: rows may have been made ready before, in another state.
+        """
+        census, lost, ready, fresh, odd, seen = Census(), list[str](), 0, 0, 0, 0
+        name = self._carrier.name.encode()
+        with tempfile.SpooledTemporaryFile(max_size=_SPOOL) as spool:
+            prefix = b"\x02".join((str(run).encode(), name))
+            for key, place, version, rest, _, digest, text in self.rows(where, rest=True):
+                value, one = resealer.reseal(text)
+                census += one
+                seen += bool(one.old or one.new or one.lost)
+                fresh += bool(one.new and not one.old)
+                if one.lost:
+                    lost.append(key.decode())
+                if value is not None:
+                    ready += 1
+                    spool.write(b"\x02".join((prefix, key, place, version, rest, value)) + b"\n")
+            if ready:
+                spool.seek(0)
+                self._put(spool, again=again, run=run)
+        return Taken(rows=seen, census=census, ready=ready, fresh=fresh, odd=odd, lost=tuple(lost))
+
+    def _put(self, lines: IO[bytes], *, again: bool, run: UUID) -> None:
+        driver = db.driver(self._connection)
+        target = f"{SCHEMA}.resealed"
+        with driver.cursor() as cursor:
+            if again:
+                cursor.execute(f"CREATE TEMP TABLE retaken (LIKE {target}) ON COMMIT DROP")  # type: ignore[arg-type]
+                self._copy(cursor, "retaken", lines)
+                cursor.execute(
+                    f"DELETE FROM {target} old USING retaken WHERE old.carrier = retaken.carrier AND old.key = retaken.key"  # type: ignore[arg-type]
+                )
+                cursor.execute(f"INSERT INTO {target} TABLE retaken")  # type: ignore[arg-type]
+                cursor.execute("DROP TABLE retaken")
+            else:
+                self._copy(cursor, target, lines)
+
+    @staticmethod
+    def _copy(cursor: Any, target: str, lines: IO[bytes]) -> None:
+        statement = f"COPY {target} FROM STDIN WITH (FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01')"
+        with cursor.copy(statement) as copy:
+            while chunk := lines.read(1 << 20):
+                copy.write(chunk)
+
+    # -- swapping -----------------------------------------------------------------------------------
+
+    def swap(self, run: UUID) -> Tally:
+        """Put what was made ready in its place, wherever the row is still in that state."""
+        carrier = self._carrier
+        done = (
+            sa.update(carrier.table)
+            .values({carrier.column: RESEALED.c.value})
+            .where(
+                RESEALED.c.run_id == run,
+                RESEALED.c.carrier == carrier.name,
+                _of(carrier.table, _PLACE) == RESEALED.c.place,
+                _of(carrier.table, _VERSION) == RESEALED.c.version,
+            )
+            .returning(
+                sa.cast(carrier.company, sa.Text).label("company"),
+                sa.func.pg_column_size(carrier.column).label("size"),
+            )
+            .cte("done")
+        )
+        query = sa.select(done.c.company, sa.func.count(), sa.func.sum(done.c.size)).group_by(done.c.company)
+        name = carrier.table.name
+        return Tally({(name, row[0]): Amount(row[1], int(row[2])) for row in self._connection.execute(query)})
+
+    def altered(self, run: UUID, by: str) -> int:
+        """Rows swapped by a transaction and untouched since whose other columns are not what they were."""
+        carrier = self._carrier
+        query = (
+            sa.select(sa.func.count())
+            .select_from(carrier.table)
+            .join(RESEALED, RESEALED.c.key == carrier.key)
+            .where(
+                RESEALED.c.run_id == run,
+                RESEALED.c.carrier == carrier.name,
+                _of(carrier.table, _VERSION) == _xid(by),
+                RESEALED.c.rest != self._rest(),
+            )
+        )
+        return self._connection.execute(query).scalar_one()
+
+
+def tid(block: int) -> sa.ColumnElement[Any]:
+    """The place before the first row of a block."""
+    return sa.cast(sa.literal(f"({block},0)"), Tid())
+
+
+def _xid(number: str) -> sa.ColumnElement[Any]:
+    return sa.cast(sa.cast(sa.literal(number), Xid8()), _Xid())
+
+
+def _of(table: sa.Table, column: sa.ColumnClause[Any]) -> sa.ColumnElement[Any]:
+    """A system column of this table, where another has one of that name too."""
+    found: sa.ColumnElement[Any] = sa.column(column.name, column.type, _selectable=table)
+    return found
+
+
+_COLUMNS = sa.text(
+    """
+    SELECT attname, typname FROM pg_catalog.pg_attribute JOIN pg_catalog.pg_type ON pg_type.oid = atttypid
+    WHERE attrelid = CAST(:name AS regclass) AND attnum > 0 AND NOT attisdropped ORDER BY attnum
+    """
+)
+
+
+def _columns(connection: sa.Connection, table: sa.Table) -> list[tuple[str, str]]:
+    quoted = connection.dialect.identifier_preparer.format_table(table)
+    return [(row[0], row[1]) for row in connection.execute(_COLUMNS, {"name": quoted})]
+
+
+def windows(connection: sa.Connection, carrier: Carrier, *, most: int) -> list[tuple[int, int | None]]:
+    """Ranges of the table's blocks with about `most` bytes of the column each; the last has no end."""
+    quoted = connection.dialect.identifier_preparer.format_table(carrier.table)
+    column = connection.dialect.identifier_preparer.quote(carrier.column.name)
+    # TOASTed values count with what they take outside the table, so the blocks' own number says too little.
+    query = sa.text(
+        f"""
+        SELECT place, sum(pg_column_size({column}) * 2 + 64)
+        FROM (SELECT ((ctid::text::point)[0]::bigint / 16) * 16 AS place, {column} FROM {quoted}
+              WHERE {column} IS NOT NULL) held
+        GROUP BY place ORDER BY place
+        """  # noqa: S608 - identifiers of the layout, quoted
+    )
+    found, start, size = list[tuple[int, int | None]](), 0, 0
+    for place, held in connection.execute(query):
+        if size and size + held > most:
+            found.append((start, int(place)))
+            start, size = int(place), 0
+        size += int(held)
+    return [*found, (start, None)]

@@ -1,0 +1,100 @@
+"""Ciphertext of the master key where nobody has looked for it: every text and JSON column of the database, in windows.
+
+A column that is not of the catalogue's carriers and holds an envelope would be lost with the old key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from worker.job import Batch, Shard
+from worker.ledger import SHARDS
+
+if TYPE_CHECKING:
+    from worker.layouts.model import Layout
+
+KEY = "discover"
+# Blocks a bite reads, with what is TOASTed besides.
+_WINDOW = 4_096
+UNREADABLE = "cannot be read"
+
+# Partitions are read as what they are, tables; what is ours, temporary or the server's own is not the host's.
+_COLUMNS = sa.text(
+    """
+    SELECT space.nspname, relation.relname, attribute.attname,
+           has_schema_privilege(space.oid, 'USAGE')
+             AND has_column_privilege(relation.oid, attribute.attnum, 'SELECT') AS readable,
+           pg_relation_size(relation.oid) / current_setting('block_size')::bigint AS blocks
+    FROM pg_catalog.pg_class relation
+    JOIN pg_catalog.pg_namespace space ON space.oid = relation.relnamespace
+    JOIN pg_catalog.pg_attribute attribute
+      ON attribute.attrelid = relation.oid AND attribute.attnum > 0 AND NOT attribute.attisdropped
+    JOIN pg_catalog.pg_type type ON type.oid = attribute.atttypid
+    LEFT JOIN pg_catalog.pg_type element ON element.oid = type.typelem AND type.typcategory = 'A'
+    LEFT JOIN pg_catalog.pg_type base ON base.oid = type.typbasetype
+    WHERE relation.relkind = 'r' AND relation.relpersistence <> 't'
+      AND pg_catalog.left(space.nspname::text, 3) <> 'pg_'
+      AND space.nspname NOT IN ('information_schema', 'paperclip_worker')
+      AND (coalesce(element.typcategory, base.typcategory, type.typcategory) = 'S'
+           OR coalesce(element.typname, base.typname, type.typname) IN ('json', 'jsonb', 'xml', 'hstore'))
+    ORDER BY 1, 2, attribute.attnum
+    """
+)
+
+
+def shards(connection: sa.Connection, layout: Layout, allowed: tuple[str, ...]) -> Iterator[Shard]:
+    """One shard for each table with columns to look into."""
+    known = {f"public.{one.name}" for one in layout.carriers} | {
+        name if name.count(".") > 1 else f"public.{name}" for name in allowed
+    }
+    tables: dict[tuple[str, str], dict[str, Any]] = {}
+    for schema, table, column, readable, blocks in connection.execute(_COLUMNS):
+        if f"{schema}.{table}.{column}" in known:
+            continue
+        spec = tables.setdefault(
+            (schema, table), {"schema": schema, "table": table, "blocks": blocks, "columns": [], "unreadable": []}
+        )
+        spec["columns" if readable else "unreadable"].append(column)
+    for (schema, table), spec in tables.items():
+        yield Shard(key=f"{KEY}:{schema}.{table}", rows=0, spec=spec)
+
+
+def claim(connection: sa.Connection, scheme: str, shard: Shard, after: Mapping[str, Any] | None) -> Batch:
+    """Look into the next window of a table; the cursor carries how many rows of each column hold an envelope."""
+    spec = shard.spec
+    start = int(after["block"]) if after else 0
+    found = dict(after["found"]) if after else dict.fromkeys(spec["unreadable"], UNREADABLE)
+    # The last window has no end: the table may have grown.
+    end = start + _WINDOW if start + _WINDOW < spec["blocks"] else None
+    if spec["columns"]:
+        row = connection.execute(_query(connection, scheme, spec, start, end)).one()
+        for column, number in zip(spec["columns"], row, strict=True):
+            if number:
+                found[column] = found.get(column, 0) + number
+    return Batch(after={"block": start + _WINDOW, "found": found}, exhausted=end is None)
+
+
+def _query(connection: sa.Connection, scheme: str, spec: Mapping[str, Any], start: int, end: int | None) -> sa.TextClause:
+    quote = connection.dialect.identifier_preparer.quote
+    # Somebody may write of the scheme; an envelope has its other fields beside it.
+    holds = "count(*) FILTER (WHERE {0}::text LIKE :scheme AND {0}::text LIKE '%ciphertext%')"
+    columns = ", ".join(holds.format(quote(column)) for column in spec["columns"])
+    table = f"{quote(spec['schema'])}.{quote(spec['table'])}"
+    until = f" AND ctid < '({end},0)'::tid" if end is not None else ""
+    return sa.text(f"SELECT {columns} FROM {table} WHERE ctid >= '({start},0)'::tid{until}").bindparams(  # noqa: S608 - identifiers of the catalogue, quoted
+        scheme=f"%{scheme}%"
+    )
+
+
+def found(connection: sa.Connection, run: UUID) -> dict[str, int | str]:
+    """What a run's shards found so far: rows by `schema.table.column`, or why a column could not be looked into."""
+    query = sa.select(SHARDS.c.key, SHARDS.c.cursor).where(SHARDS.c.run_id == run, SHARDS.c.key.startswith(f"{KEY}:"))
+    return {
+        f"{key.removeprefix(f'{KEY}:')}.{column}": number
+        for key, cursor in connection.execute(query)
+        for column, number in (cursor or {}).get("found", {}).items()
+    }

@@ -1,0 +1,172 @@
+"""The ledger's memory of master keys: rotations and their journal, retired keys under seal, how much each has sealed.
+
+Holds fingerprints and ciphertext, never a key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from worker import keyfile, keyring
+from worker.ciphertext import Xid8
+from worker.errors import Refused
+from worker.ledger import SCHEMA
+
+if TYPE_CHECKING:
+    from worker.config import Settings
+    from worker.keyring import MasterKey
+
+_TIME = sa.DateTime(timezone=True)
+_META = sa.MetaData(schema=SCHEMA)
+ROTATIONS = sa.Table(
+    "rotations",
+    _META,
+    *(sa.Column(name, sa.Uuid) for name in ("run_id", "rolls_back")),
+    *(sa.Column(name, sa.Text) for name in ("old_key", "new_key", "salt", "permitted_by", "retired_by")),
+    *(sa.Column(name, sa.BigInteger) for name in ("iterations", "lock_microseconds")),
+    *(sa.Column(name, Xid8()) for name in ("horizon", "cut_over_by")),
+    *(sa.Column(name, postgresql.JSONB(none_as_null=True)) for name in ("sealed", "envelopes")),
+    sa.Column("readers_waited", sa.Boolean),
+    *(
+        sa.Column(name, _TIME)
+        for name in ("permitted_at", "cut_over_at", "proved_at", "swept_at", "finished_at", "retire_after", "retired_at")
+    ),
+)
+MASTER_KEYS = sa.Table(
+    "master_keys",
+    _META,
+    sa.Column("fingerprint", sa.Text),
+    *(sa.Column(name, sa.BigInteger) for name in ("sealed", "found")),
+    *(sa.Column(name, _TIME) for name in ("first_seen", "counted_at")),
+    sa.Column("current", sa.Boolean),
+)
+# What every server still running sees; row states of older transactions are known to whoever looks afterwards.
+_HORIZON: sa.ColumnElement[Any] = sa.func.pg_snapshot_xmin(sa.func.pg_current_snapshot())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """The journal of one rotation. `sealed` is the old key under the new one, None once it was retired."""
+
+    run_id: UUID
+    old_key: str
+    new_key: str
+    rolls_back: UUID | None
+    salt: str | None
+    iterations: int | None
+    horizon: str
+    sealed: dict[str, Any] | None
+    envelopes: dict[str, Any]
+    permitted_at: datetime | None
+    permitted_by: str | None
+    cut_over_at: datetime | None
+    cut_over_by: str | None
+    lock_microseconds: int | None
+    readers_waited: bool | None
+    proved_at: datetime | None
+    swept_at: datetime | None
+    finished_at: datetime | None
+    retire_after: datetime | None
+    retired_at: datetime | None
+    retired_by: str | None
+
+    @property
+    def staged(self) -> str:
+        """The name of the new key's file beside the key file."""
+        return staged_name(self.run_id)
+
+
+def staged_name(run: UUID) -> str:
+    return f"master.key.paperclip-worker-{run}"
+
+
+def begin(connection: sa.Connection, run: UUID, **values: Any) -> None:
+    """Open the journal of a rotation; row states from now on are looked at again."""
+    connection.execute(sa.insert(ROTATIONS).values(run_id=run, horizon=_HORIZON, **values))
+
+
+def note(connection: sa.Connection, run: UUID, **values: Any) -> None:
+    """Write to the journal."""
+    connection.execute(sa.update(ROTATIONS).where(ROTATIONS.c.run_id == run).values(values))
+
+
+def look_from_here(connection: sa.Connection, run: UUID) -> None:
+    """Move the horizon to now: what was made ready from here on is known."""
+    note(connection, run, horizon=_HORIZON)
+
+
+def of(connection: sa.Connection, run: UUID | None) -> Rotation | None:
+    """The journal of a run; None before it was opened."""
+    row = connection.execute(sa.select(ROTATIONS).where(ROTATIONS.c.run_id == run)).one_or_none()
+    return Rotation(**row._asdict()) if row else None
+
+
+def every(connection: sa.Connection) -> list[Rotation]:
+    """Every rotation whose journal was opened, the newest cut-over first, those without one last."""
+    order = (ROTATIONS.c.cut_over_at.desc().nulls_last(), ROTATIONS.c.run_id)
+    return [Rotation(**row._asdict()) for row in connection.execute(sa.select(ROTATIONS).order_by(*order))]
+
+
+def unfinished(connection: sa.Connection, *, but: UUID | None) -> Rotation | None:
+    """A rotation that cut over and did not come to its end, other than `but`, unless it was rolled back."""
+    rotations = every(connection)
+    undone = {one.rolls_back for one in rotations if one.finished_at}
+    open_ones = (one for one in rotations if one.cut_over_at and not one.finished_at and one.run_id != but)
+    return next((one for one in open_ones if one.run_id not in undone), None)
+
+
+def seen(connection: sa.Connection, fingerprint: str, *, found: int | None = None, sealed: int = 0, current: bool | None = None) -> None:
+    """Keep what is known of a key: ciphertexts found under it, and how many more were sealed with it."""
+    values: dict[str, Any] = {"fingerprint": fingerprint, "sealed": sealed}
+    update: dict[str, Any] = {"sealed": MASTER_KEYS.c.sealed + sealed}
+    if found is not None:
+        extra = {"found": found, "counted_at": sa.func.clock_timestamp()}
+        values |= extra
+        update |= extra
+    if current is not None:
+        values["current"] = update["current"] = current
+        if current:
+            connection.execute(sa.update(MASTER_KEYS).values(current=False))
+    statement = postgresql.insert(MASTER_KEYS).values(values)
+    connection.execute(statement.on_conflict_do_update(index_elements=["fingerprint"], set_=update))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """The two keys of a rotation, and the key file where there is one. `new` is None before it was made."""
+
+    old: MasterKey
+    new: MasterKey | None
+    source: keyring.Source
+
+
+def journalled(settings: Settings, rotation: Rotation, *, new_key_file: str | None, parent: Rotation | None) -> Keys:
+    """The keys a rotation is about, wherever they are by now. Refused, by fingerprint, when one is nowhere.
+
+    `parent`: the rotation that is rolled back, under whose seal the key to return to is.
+    """
+    source = keyring.locate(settings)
+    found = {key.fingerprint: key for key in _candidates(source, rotation, new_key_file)}
+    for one in (parent, rotation):
+        if one and one.sealed and one.old_key not in found and (under := found.get(one.new_key)):
+            found[one.old_key] = keyring.open_key(one.sealed, under=under)
+    for name, what in ((rotation.new_key, "new"), (rotation.old_key, "old")):
+        if name not in found:
+            raise Refused(f"the {what} master key {name} is nowhere to be found by this worker: put it back where it was")
+    return Keys(old=found[rotation.old_key], new=found[rotation.new_key], source=source)
+
+
+def _candidates(source: keyring.Source, rotation: Rotation, new_key_file: str | None) -> Iterator[MasterKey]:
+    yield source.key
+    if source.path is not None and (staged := keyfile.staged_path(source.path, rotation.staged)).exists():
+        yield keyring.read(staged)
+    if new_key_file is not None and Path(new_key_file).exists():
+        yield keyring.read(Path(new_key_file))

@@ -1,0 +1,134 @@
+"""Ciphertext inside JSON text, opened and sealed anew, with every other byte of the text left as it is.
+
+A document is never parsed and written again: numbers would not survive it. No database, no files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from worker.envelopes import Damaged, WrongKey
+
+if TYPE_CHECKING:
+    from worker.envelopes import Codec
+
+# Strings are stepped over whole, so that neither a brace nor the scheme's name inside one counts.
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}]')
+
+
+@dataclass(slots=True)
+class Census:
+    """Envelopes by the key that opens them; `lost`: by neither. Adds up."""
+
+    old: int = 0
+    new: int = 0
+    lost: int = 0
+
+    def __iadd__(self, other: Census) -> Census:
+        self.old, self.new, self.lost = self.old + other.old, self.new + other.new, self.lost + other.lost
+        return self
+
+    def to_json(self) -> dict[str, int]:
+        return {"old": self.old, "new": self.new, "lost": self.lost}
+
+
+class Resealer:
+    """Opens with the old key or the new, seals with the new. `new` None: a look before there is one."""
+
+    def __init__(self, old: Codec, new: Codec | None) -> None:
+        self._old = old
+        self._new = new
+        self._marker = old.scheme.encode()
+
+    def reseal(self, text: bytes) -> tuple[bytes | None, Census]:
+        """The text with what the old key opens sealed with the new; None where that is nothing.
+
+        Each new envelope is opened again and compared before it is given out.
+        """
+        if self._new is None:
+            raise ValueError("there is no key to seal with")
+        census, parts, last = Census(), list[bytes](), 0
+        for start, end, envelope in self._envelopes(text):
+            plaintext = self._classify(envelope, census)
+            if plaintext is None:
+                continue
+            sealed = self._new.reseal(envelope, plaintext)
+            if self._new.open(sealed) != plaintext:
+                raise RuntimeError("an envelope does not open to what was sealed in it")
+            parts += [text[last:start], orjson.dumps(sealed)]
+            last = end
+        return (b"".join([*parts, text[last:]]) if parts else None), census
+
+    def count(self, text: bytes) -> Census:
+        """Which key opens what."""
+        census = Census()
+        for _, _, envelope in self._envelopes(text):
+            self._classify(envelope, census)
+        return census
+
+    def check(self, text: bytes, digest: bytes) -> tuple[Census, bool]:
+        """Which key opens what, and whether what the new key opens has this SHA-256 (hex; empty: not asked)."""
+        census, same = Census(), True
+        for _, _, envelope in self._envelopes(text):
+            plaintext = self._opened(self._new, envelope)
+            if plaintext is None:
+                self._classify(envelope, census)
+                continue
+            census.new += 1
+            same = same and (not digest or sha256(plaintext).hexdigest().encode() == digest)
+        return census, same
+
+    def _classify(self, envelope: dict[str, Any], census: Census) -> bytes | None:
+        """Count an envelope by its key; its plaintext where that is the old one."""
+        plaintext = self._opened(self._old, envelope)
+        if plaintext is not None:
+            census.old += 1
+        elif self._opened(self._new, envelope) is not None:
+            census.new += 1
+        else:
+            census.lost += 1
+        return plaintext
+
+    @staticmethod
+    def _opened(codec: Codec | None, envelope: dict[str, Any]) -> bytes | None:
+        if codec is None:
+            return None
+        try:
+            return codec.open(envelope)
+        except (WrongKey, Damaged):
+            return None
+
+    def _envelopes(self, text: bytes) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Every object of the scheme in the text, with its place."""
+        if self._marker not in text:
+            return
+        if text.find(b"{", 1) < 0:
+            whole = orjson.loads(text)
+            if self._ours(whole):
+                yield 0, len(text), whole
+            return
+        yield from self._scan(text)
+
+    def _scan(self, text: bytes) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        # By characters, for the places in a bytes pattern would be the same only for ASCII.
+        document = text.decode()
+        ascii_only = len(document) == len(text)
+        starts: list[int] = []
+        for token in _TOKEN.finditer(document):
+            if token[0] == "{":
+                starts.append(token.start())
+            elif token[0] == "}":
+                start, end = starts.pop(), token.end()
+                if self._old.scheme in document[start:end] and self._ours(found := json.loads(document[start:end])):
+                    at = start if ascii_only else len(document[:start].encode())
+                    yield at, at + (end - start if ascii_only else len(document[start:end].encode())), found
+
+    def _ours(self, value: Any) -> bool:
+        return isinstance(value, dict) and value.get("scheme") == self._old.scheme
