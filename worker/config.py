@@ -84,6 +84,15 @@ class Settings(BaseModel):
     receipt_lock: Duration = Field(timedelta(days=2555), validation_alias=_env("PAPERCLIP_WORKER_RECEIPT_LOCK"))
     catalogue_file: Path | None = Field(None, validation_alias=_env("PAPERCLIP_WORKER_CATALOGUE_FILE"))
 
+    # The app's own; worker/keyring.py reads them as the server does, so they are kept as given.
+    secrets_master_key: SecretStr | None = Field(None, validation_alias=_env("PAPERCLIP_SECRETS_MASTER_KEY"))
+    secrets_master_key_file: str | None = Field(None, validation_alias=_env("PAPERCLIP_SECRETS_MASTER_KEY_FILE"))
+    paperclip_home: str | None = Field(None, validation_alias=_env("PAPERCLIP_HOME"))
+    paperclip_instance_id: str = Field(
+        "default", pattern=r"^[A-Za-z0-9_-]+$", validation_alias=_env("PAPERCLIP_INSTANCE_ID")
+    )
+    paperclip_config: str | None = Field(None, validation_alias=_env("PAPERCLIP_CONFIG"))
+
     bite_seconds: Annotated[float, Field(ge=0.005, le=5)] = Field(
         0.04, validation_alias=_env("PAPERCLIP_WORKER_BITE_SECONDS")
     )
