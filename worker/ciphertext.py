@@ -55,33 +55,18 @@ RESEALED = sa.Table(
     sa.Column("rest", sa.BigInteger),
     sa.Column("value", postgresql.JSONB),
 )
+_COPY_IN = f"COPY {SCHEMA}.resealed FROM STDIN WITH (FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01')".encode()
 _PLACE: sa.ColumnClause[Any] = sa.column("ctid", Tid())
 _VERSION: sa.ColumnClause[Any] = sa.column("xmin", _Xid())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """What a look found: rows with ciphertext, envelopes by key, rows made ready, and rows whose digest is off."""
+    """What a look found: envelopes by key, rows made ready, and the keys of rows that need nothing."""
 
-    rows: int = 0
     census: Census
     ready: int = 0
-    fresh: int = 0
-    odd: int = 0
-    lost: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One row with ciphertext: its key, place, version, company, digests and the column's text."""
-
-    key: bytes
-    place: bytes
-    version: bytes
-    rest: bytes
-    company: bytes
-    digest: bytes
-    text: bytes
+    done: tuple[str, ...] = ()
 
 
 class Ciphertext:
@@ -94,10 +79,11 @@ class Ciphertext:
 
     # -- which rows ---------------------------------------------------------------------------------
 
-    def within(self, first: int, end: int | None) -> sa.ColumnElement[bool]:
+    @staticmethod
+    def within(first: int, end: int | None) -> sa.ColumnElement[bool]:
         """The rows in these blocks of the table."""
-        terms = [_PLACE >= tid(first)]
-        return sa.and_(*terms, *([_PLACE < tid(end)] if end is not None else []))
+        start = _PLACE >= tid(first)
+        return start if end is None else sa.and_(start, _PLACE < tid(end))
 
     @staticmethod
     def since(horizon: str, *, but: str | None = None) -> sa.ColumnElement[bool]:
@@ -111,11 +97,13 @@ class Ciphertext:
 
     # -- looking ------------------------------------------------------------------------------------
 
-    def rows(self, where: sa.ColumnElement[bool], *, rest: bool = False, company: bool = False) -> Iterator[tuple[Any, ...]]:
+    def rows(
+        self, where: sa.ColumnElement[bool], *, rest: bool = False, company: bool = False, most: int | None = None
+    ) -> Iterator[list[bytes]]:
         """(key, place, version, rest, company, digest, text) of rows that may hold ciphertext, as bytes, in a stream."""
         carrier = self._carrier
         text = sa.cast(carrier.column, sa.Text)
-        nothing = sa.literal_column("''")
+        nothing = sa.null()
         query = (
             sa.select(
                 carrier.key,
@@ -128,12 +116,13 @@ class Ciphertext:
             )
             .select_from(carrier.table)
             # After the other terms: it makes the whole value into text.
-            .where(where, sa.case((where, text.like(f"%{self._scheme}%")), else_=sa.false()))
+            .where(sa.case((where, text.like(f"%{self._scheme}%")), else_=sa.false()), where)
+            .limit(most)
         )
         statement, parameters = db.copy_statement(self._connection, query)
         with db.driver(self._connection).cursor() as cursor, cursor.copy(statement, parameters) as copy:
             for line in copy:
-                yield tuple(bytes(line).rstrip(b"\n").split(b"\x02"))
+                yield bytes(line)[:-1].split(b"\x02")
 
     def _rest(self) -> sa.ColumnElement[Any]:
         """A digest of every other column of a row."""
@@ -151,44 +140,31 @@ class Ciphertext:
 
         `again`: rows may have been made ready before, in another state.
         """
-        census, lost, ready, fresh, odd, seen = Census(), list[str](), 0, 0, 0, 0
-        name = self._carrier.name.encode()
+        census, ready, done, taken = Census(), 0, list[str](), list[str]()
+        prefix = f"{run}\x02{self._carrier.name}\x02".encode()
         with tempfile.SpooledTemporaryFile(max_size=_SPOOL) as spool:
-            prefix = b"\x02".join((str(run).encode(), name))
-            for key, place, version, rest, _, digest, text in self.rows(where, rest=True):
+            for key, place, version, rest, _, _, text in self.rows(where, rest=True):
                 value, one = resealer.reseal(text)
                 census += one
-                seen += bool(one.old or one.new or one.lost)
-                fresh += bool(one.new and not one.old)
-                if one.lost:
-                    lost.append(key.decode())
                 if value is not None:
                     ready += 1
-                    spool.write(b"\x02".join((prefix, key, place, version, rest, value)) + b"\n")
-            if ready:
-                spool.seek(0)
-                self._put(spool, again=again, run=run)
-        return Taken(rows=seen, census=census, ready=ready, fresh=fresh, odd=odd, lost=tuple(lost))
+                    spool.write(b"%b%b\x02%b\x02%b\x02%b\x02%b\n" % (prefix, key, place, version, rest, value))
+                if again:
+                    (done if value is None else taken).append(key.decode())
+            self._forget(run, taken)
+            spool.seek(0)
+            self._put(spool)
+        return Taken(census=census, ready=ready, done=tuple(done))
 
-    def _put(self, lines: IO[bytes], *, again: bool, run: UUID) -> None:
-        driver = db.driver(self._connection)
-        target = f"{SCHEMA}.resealed"
-        with driver.cursor() as cursor:
-            if again:
-                cursor.execute(f"CREATE TEMP TABLE retaken (LIKE {target}) ON COMMIT DROP")  # type: ignore[arg-type]
-                self._copy(cursor, "retaken", lines)
-                cursor.execute(
-                    f"DELETE FROM {target} old USING retaken WHERE old.carrier = retaken.carrier AND old.key = retaken.key"  # type: ignore[arg-type]
-                )
-                cursor.execute(f"INSERT INTO {target} TABLE retaken")  # type: ignore[arg-type]
-                cursor.execute("DROP TABLE retaken")
-            else:
-                self._copy(cursor, target, lines)
+    def _forget(self, run: UUID, keys: list[str]) -> None:
+        """Drop what was made ready of these rows in a state they are no longer in."""
+        if keys:
+            of_carrier = sa.and_(RESEALED.c.run_id == run, RESEALED.c.carrier == self._carrier.name)
+            which = sa.any_(sa.literal(keys, sa.ARRAY(sa.Uuid(as_uuid=False))))
+            self._connection.execute(sa.delete(RESEALED).where(of_carrier, RESEALED.c.key == which))
 
-    @staticmethod
-    def _copy(cursor: Any, target: str, lines: IO[bytes]) -> None:
-        statement = f"COPY {target} FROM STDIN WITH (FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01')"
-        with cursor.copy(statement) as copy:
+    def _put(self, lines: IO[bytes]) -> None:
+        with db.driver(self._connection).cursor() as cursor, cursor.copy(_COPY_IN) as copy:
             while chunk := lines.read(1 << 20):
                 copy.write(chunk)
 

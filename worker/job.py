@@ -177,6 +177,8 @@ class Batch:
     exhausted: bool
     window: sa.ColumnElement[bool] | None = None
     exact: bool = False
+    # What the job's own `apply` is to do; for jobs whose batches are not windows of rows.
+    spec: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -139,6 +139,33 @@ def seen(connection: sa.Connection, fingerprint: str, *, found: int | None = Non
     connection.execute(statement.on_conflict_do_update(index_elements=["fingerprint"], set_=update))
 
 
+def close(connection: sa.Connection, rotation: Rotation, retire_after: timedelta) -> datetime:
+    """End a rotation that kept its promise; until when its old key is kept under seal."""
+    now = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+    until: datetime = now + retire_after
+    note(connection, rotation.run_id, finished_at=now, retire_after=until)
+    after = rotation.envelopes.get("after", {}).values()
+    seen(connection, rotation.old_key, found=sum(one["old"] for one in after))
+    sealed = sum(one["old"] for one in rotation.envelopes["before"].values())
+    seen(connection, rotation.new_key, found=sum(one["new"] for one in after), sealed=sealed, current=True)
+    return until
+
+
+def evidence(rotation: Rotation) -> dict[str, Any]:
+    """What a receipt says of a rotation: fingerprints, counts and times."""
+    times = ("cut_over_at", "proved_at", "permitted_at")
+    found: dict[str, Any] = {
+        "old_key": rotation.old_key,
+        "new_key": rotation.new_key,
+        "rolls_back": str(rotation.rolls_back) if rotation.rolls_back else None,
+        "envelopes": rotation.envelopes,
+        "permitted_by": rotation.permitted_by,
+        "lock_seconds": None if rotation.lock_microseconds is None else rotation.lock_microseconds / 1e6,
+        "readers_waited": rotation.readers_waited,
+    }
+    return found | {name: value.isoformat() if (value := getattr(rotation, name)) else None for name in times}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Keys:
     """The two keys of a rotation, and the key file where there is one. `new` is None before it was made."""
@@ -162,6 +189,17 @@ def journalled(settings: Settings, rotation: Rotation, *, new_key_file: str | No
         if name not in found:
             raise Refused(f"the {what} master key {name} is nowhere to be found by this worker: put it back where it was")
     return Keys(old=found[rotation.old_key], new=found[rotation.new_key], source=source)
+
+
+def returning(source: keyring.Source, parent: Rotation | None, run: UUID) -> Keys:
+    """The keys of a rollback: from the one a rotation brought to the one it replaced. Refused when it cannot be."""
+    if parent is None or parent.cut_over_at is None:
+        raise Refused(f"--rollback: run {run} exchanged no master key")
+    if parent.sealed is None:
+        raise Refused(f"--rollback: the key {parent.old_key} was retired for good; nothing here can bring it back")
+    if source.key.fingerprint != parent.new_key:
+        raise Refused(f"--rollback: the key in use is {source.key.fingerprint}, not {parent.new_key} of run {run}")
+    return Keys(old=source.key, new=keyring.open_key(parent.sealed, under=source.key), source=source)
 
 
 def _candidates(source: keyring.Source, rotation: Rotation, new_key_file: str | None) -> Iterator[MasterKey]:

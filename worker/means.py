@@ -14,10 +14,12 @@ import sqlalchemy as sa
 from worker import archive, holds, ledger, retention, slices
 from worker.errors import Refused
 from worker.restore import Restore
+from worker.rotation import Rotating
 from worker.rowset import RowSet, at
 from worker.tasksets import TaskSets
 
 if TYPE_CHECKING:
+    from tasks.rotate_master_key import RotateMasterKey
     from worker.archive import ArchivedObject
     from worker.config import Settings
     from worker.holds import Holds
@@ -77,6 +79,10 @@ class Means:
     def tasks(self) -> TaskSets:
         """What can be done with the tasks' table."""
         return TaskSets(self)
+
+    def rotating(self, job: RotateMasterKey) -> Rotating:
+        """What can be done to rotate the master key."""
+        return Rotating.of(self, job)
 
     def restore(self, run: UUID | None, companies: tuple[UUID, ...]) -> Restore:
         """What can be done to put a run's archive back."""

@@ -25,18 +25,22 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}]')
 
 @dataclass(slots=True)
 class Census:
-    """Envelopes by the key that opens them; `lost`: by neither. Adds up."""
+    """Envelopes by the key that opens them; `lost`: by neither; `odd`: to other bytes than their digest says."""
 
     old: int = 0
     new: int = 0
     lost: int = 0
+    odd: int = 0
 
     def __iadd__(self, other: Census) -> Census:
-        self.old, self.new, self.lost = self.old + other.old, self.new + other.new, self.lost + other.lost
+        self.old += other.old
+        self.new += other.new
+        self.lost += other.lost
+        self.odd += other.odd
         return self
 
     def to_json(self) -> dict[str, int]:
-        return {"old": self.old, "new": self.new, "lost": self.lost}
+        return {"old": self.old, "new": self.new, "lost": self.lost, "odd": self.odd}
 
 
 class Resealer:
@@ -66,24 +70,25 @@ class Resealer:
             last = end
         return (b"".join([*parts, text[last:]]) if parts else None), census
 
-    def count(self, text: bytes) -> Census:
-        """Which key opens what."""
+    def count(self, text: bytes, digest: bytes, *, new_first: bool = False) -> Census:
+        """Which key opens what, and whether to what has this SHA-256 (hex; empty: not asked).
+
+        `new_first`: what opens with the new key is not tried with the old, which could not open it as well.
+        """
         census = Census()
         for _, _, envelope in self._envelopes(text):
-            self._classify(envelope, census)
-        return census
-
-    def check(self, text: bytes, digest: bytes) -> tuple[Census, bool]:
-        """Which key opens what, and whether what the new key opens has this SHA-256 (hex; empty: not asked)."""
-        census, same = Census(), True
-        for _, _, envelope in self._envelopes(text):
-            plaintext = self._opened(self._new, envelope)
-            if plaintext is None:
-                self._classify(envelope, census)
+            plaintext = self._opened(self._new, envelope) if new_first else None
+            if plaintext is not None:
+                census.new += 1
+            elif (plaintext := self._opened(self._old, envelope)) is not None:
+                census.old += 1
+            elif not new_first and (plaintext := self._opened(self._new, envelope)) is not None:
+                census.new += 1
+            else:
+                census.lost += 1
                 continue
-            census.new += 1
-            same = same and (not digest or sha256(plaintext).hexdigest().encode() == digest)
-        return census, same
+            census.odd += bool(digest) and sha256(plaintext).hexdigest().encode() != digest
+        return census
 
     def _classify(self, envelope: dict[str, Any], census: Census) -> bytes | None:
         """Count an envelope by its key; its plaintext where that is the old one."""
@@ -116,19 +121,23 @@ class Resealer:
             return
         yield from self._scan(text)
 
-    def _scan(self, text: bytes) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    def _scan(self, text: bytes) -> list[tuple[int, int, dict[str, Any]]]:
         # By characters, for the places in a bytes pattern would be the same only for ASCII.
         document = text.decode()
         ascii_only = len(document) == len(text)
         starts: list[int] = []
+        found: list[tuple[int, int, dict[str, Any]]] = []
         for token in _TOKEN.finditer(document):
             if token[0] == "{":
                 starts.append(token.start())
             elif token[0] == "}":
                 start, end = starts.pop(), token.end()
-                if self._old.scheme in document[start:end] and self._ours(found := json.loads(document[start:end])):
+                if self._old.scheme in document[start:end] and self._ours(one := json.loads(document[start:end])):
                     at = start if ascii_only else len(document[:start].encode())
-                    yield at, at + (end - start if ascii_only else len(document[start:end].encode())), found
+                    stop = at + (end - start if ascii_only else len(document[start:end].encode()))
+                    # The app opens the outer envelope and ignores what else is in it.
+                    found = [*(other for other in found if other[0] < at), (at, stop, one)]
+        return found
 
     def _ours(self, value: Any) -> bool:
         return isinstance(value, dict) and value.get("scheme") == self._old.scheme

@@ -1,0 +1,171 @@
+"""Every ciphertext of the master key sealed anew under another one, and the key exchanged. See docs/rotate-master-key.md."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from worker.errors import Refused, Waits
+from worker.job import Batch, Job, Plan, Right, Shard, Tally, Verdict, may_read
+from worker.params import RunId, param, to_json
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from worker.layouts.model import Layout
+    from worker.means import Means
+    from worker.rotation import Rotating
+
+_LONGEST = timedelta(days=3650)
+# Discovery and making ready go on side by side; each later stage waits for the one before.
+_READY, _CATCH_UP, _CUT_OVER, _SWEEP = range(4)
+_BETWEEN_SWEEPS = 1.0
+_CLEAN_SWEEPS = 2
+# Two minutes of servers that still write with the old key are no stragglers.
+_MOST_SWEEPS = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotateMasterKey(Job):
+    """Seal every secret under a new master key, on a live deployment, and leave nothing under the old one.
+
+    All ciphertext is made ready beside the tables, then swapped in one transaction with the key file. Stragglers are
+    swept up, everything is opened again, and the old key is kept under seal until --retire-after.
+    """
+
+    name = "rotate-master-key"
+    action = "maintenance.master_key_rotated"
+    read_committed = True
+
+    new_key_file: str | None = param(None, metavar="PATH", help="The new key is in this file, which only you can read.")
+    generate: bool = param(False, help="Make a new key, beside the old one.")
+    cutover: str = param(
+        "file",
+        metavar="file|manual",
+        help="file: rename the new key over the key file. manual: wait for `keys switch`; for a key in the "
+        "environment, and for several hosts.",
+    )
+    retire_after: timedelta = param(
+        timedelta(days=30), metavar="AGE", help="So long the old key stays under seal, for a rollback."
+    )
+    allow_undecryptable: int = param(
+        0, metavar="N", help="Go on although up to N ciphertexts open with no key; they are left as they are."
+    )
+    allow_column: tuple[str, ...] = param(
+        (), metavar="TABLE.COLUMN", help="Go on although ciphertext is found in this unknown column; repeatable."
+    )
+    rollback: RunId | None = param(None, metavar="RUN", help="Return to the key that this run replaced.")
+
+    def __post_init__(self) -> None:
+        if self.cutover not in {"file", "manual"}:
+            raise Refused("--cutover must be file or manual")
+        if (self.new_key_file is not None) + self.generate + (self.rollback is not None) != 1:
+            raise Refused("give just one of --new-key-file, --generate and --rollback")
+        if self.generate and self.cutover == "manual":
+            raise Refused("--generate writes beside the key file; with --cutover manual give --new-key-file")
+        if not timedelta(0) < self.retire_after <= _LONGEST:
+            raise Refused("--retire-after must be above zero and at most 3650d")
+
+    @property
+    def activity(self) -> str:
+        return self.action if self.rollback is None else "maintenance.master_key_rolled_back"
+
+    @property
+    def subject(self) -> str:
+        return "master key"
+
+    @property
+    def exclusion(self) -> str:
+        return "master-key"
+
+    @property
+    def file(self) -> bool:
+        return self.cutover == "file"
+
+    def needs(self, layout: Layout) -> Iterable[sa.Table]:
+        for carrier in layout.carriers:
+            yield from (carrier.table, *carrier.reads)
+
+    @classmethod
+    def rights(cls, layout: Layout) -> Iterable[Right]:
+        for carrier in layout.carriers:
+            # The digest of everything else in a row reads all of its columns.
+            yield Right(verb="SELECT", table=carrier.table)
+            yield Right(verb="UPDATE", table=carrier.table, columns=(carrier.column.name,))
+            yield from may_read(carrier.reads)
+
+    def check(self, means: Means) -> None:
+        means.rotating(self).require_possible(self)
+
+    def foresee(self, means: Means) -> None:
+        means.rotating(self).require_proven()
+
+    def plan(self, means: Means) -> Plan:
+        rotating = means.rotating(self)
+        counted = rotating.counted_before()
+        return Plan(
+            job=self.name,
+            params=to_json(self),
+            layout=means.layout.name,
+            now=means.now,
+            targets=tuple(counted.rows[place] for place in sorted(counted.rows, key=str)),
+            left=counted.left(),
+            notes=tuple(rotating.notes(counted)),
+        )
+
+    def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:
+        rotating = means.rotating(self)
+        if means.run is not None and rotating.journal is None:
+            rotating = rotating.begin(self)
+        if rotating.journal is None or rotating.journal.cut_over_at is None:
+            yield from rotating.ready_shards(stage=_READY)
+            if rotating.journal is None:
+                return
+            yield from rotating.discovery_shards(self.allow_column, stage=_READY)
+            yield Shard(key="catch-up", rows=0, spec={}, stage=_CATCH_UP)
+            yield Shard(key="cut-over", rows=plan.tally.total.rows, spec={}, stage=_CUT_OVER)
+        # A second sweep looks at everything: what the first did not find may be anywhere.
+        full = rotating.journal is not None and rotating.journal.cut_over_at is not None
+        yield Shard(key="sweep", rows=0, spec={"everything": full}, stage=_SWEEP)
+
+    def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:  # noqa: ARG002
+        rotating = means.rotating(self)
+        if shard.stage == _READY:
+            return rotating.claim_ready(shard, after)
+        if shard.stage == _CATCH_UP:
+            return rotating.claim_catch_up(after)
+        if shard.stage == _CUT_OVER:
+            return rotating.claim_cut_over(manual=not self.file)
+        return self._claim_sweep(rotating, shard, after or {"sweeps": 0, "clean": 0})
+
+    def _claim_sweep(self, rotating: Rotating, shard: Shard, after: Mapping[str, Any]) -> Batch:
+        if after["sweeps"]:
+            time.sleep(_BETWEEN_SWEEPS)
+        found, proved = rotating.sweep(everything=bool(shard.spec["everything"]))
+        clean = 0 if found else after["clean"] + 1
+        if after["sweeps"] > _MOST_SWEEPS and found:
+            raise Refused(
+                "a server still seals with the old key: give every server the new one and resume, or roll back"
+            )
+        if not self.file and clean >= _CLEAN_SWEEPS and not proved:
+            raise Waits("start the servers with the new key; once one of them has sealed a secret, the run goes on")
+        return Batch(
+            after={"sweeps": after["sweeps"] + 1, "clean": clean},
+            exhausted=clean >= _CLEAN_SWEEPS,
+            spec={"swap": bool(found)},
+        )
+
+    def apply(self, means: Means, batch: Batch) -> Tally:
+        return means.rotating(self).apply(batch, file=self.file)
+
+    def verify(self, means: Means) -> Verdict:
+        return means.rotating(self).judge()
+
+    def index(self, means: Means) -> Mapping[str, Any]:
+        return means.rotating(self).evidence()
+
+    def finish(self, means: Means) -> Mapping[str, Any]:
+        return means.rotating(self).finish(self.retire_after)

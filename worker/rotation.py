@@ -1,0 +1,336 @@
+"""What a step can do to rotate the master key: count, make ready, cut over, sweep, judge, retire.
+
+Until the cut-over commits the deployment has the old key and the old ciphertext, afterwards the new key and the new.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from worker import census, cutover, discovery, keyfile, keyring, masterkeys
+from worker.ciphertext import RESEALED, Ciphertext, windows
+from worker.envelopes import CODECS, ITERATIONS, Codec, Pbkdf2
+from worker.errors import Refused, UnderWay, Waits
+from worker.job import Batch, Finding, Shard, Tally, Verdict
+from worker.reseal import Resealer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import timedelta
+
+    from tasks.rotate_master_key import RotateMasterKey
+    from worker.census import Counted
+    from worker.keyring import MasterKey
+    from worker.layouts.model import Carrier
+    from worker.masterkeys import Keys, Rotation
+    from worker.means import Means
+
+_WINDOW_BYTES = 12 << 20
+# So many rows written meanwhile are few enough to be made ready while writers wait.
+_FEW = 2_000
+_MOST_ROUNDS = 20
+# Measured: what a row costs under the lock, with its indexes, in a small and in a large table.
+_ROW_SECONDS = 35e-6
+SWITCH = "paperclip-worker keys switch"
+
+
+class Rotating:
+    """One rotation, in one transaction."""
+
+    def __init__(self, means: Means, keys: Keys, journal: Rotation | None) -> None:
+        self._means = means
+        self._connection = means.connection
+        self._layout = means.layout
+        self.keys = keys
+        self.journal = journal
+
+    @classmethod
+    def of(cls, means: Means, job: RotateMasterKey) -> Rotating:
+        """The rotation of a job, by its journal where there is one. Refused when a key cannot be found."""
+        journal = masterkeys.of(means.connection, means.run)
+        parent = masterkeys.of(means.connection, job.rollback)
+        if journal is not None:
+            keys = masterkeys.journalled(means.settings, journal, new_key_file=job.new_key_file, parent=parent)
+            return cls(means, keys, journal)
+        source = keyring.locate(means.settings)
+        if job.rollback is not None:
+            return cls(means, masterkeys.returning(source, parent, job.rollback), None)
+        new = keyring.read(Path(job.new_key_file)) if job.new_key_file is not None else None
+        return cls(means, masterkeys.Keys(old=source.key, new=new, source=source), None)
+
+    @cached_property
+    def _resealer(self) -> Resealer:
+        new = None
+        if self.keys.new is not None:
+            salt, rounds = (self.journal.salt, self.journal.iterations) if self.journal else (None, None)
+            new = _codec(self._layout.scheme, self.keys.new, salt, rounds)
+        return Resealer(_codec(self._layout.scheme, self.keys.old, None, None), new)
+
+    def _each(self) -> Iterator[tuple[Carrier, Ciphertext]]:
+        for carrier in self._layout.carriers:
+            yield carrier, Ciphertext(self._connection, carrier, self._layout.scheme)
+
+    @property
+    def _run(self) -> UUID:
+        if self._means.run is None:
+            raise TypeError("this step has no run")
+        return self._means.run
+
+    @property
+    def _journal(self) -> Rotation:
+        if self.journal is None:
+            raise TypeError("this rotation has no journal yet")
+        return self.journal
+
+    # -- before -------------------------------------------------------------------------------------
+
+    def require_possible(self, job: RotateMasterKey) -> None:
+        """Refused when the keys are the same, the file cannot be exchanged, or another rotation is half done."""
+        source = self.keys.source
+        if self.journal is None and self.keys.new == self.keys.old:
+            raise Refused("the new key is the one in use already; nothing would be rotated")
+        if job.file:
+            if source.path is None:
+                raise Refused(
+                    "the key comes from PAPERCLIP_SECRETS_MASTER_KEY, which no file replaces; use --cutover manual"
+                )
+            keyfile.room(source.path)
+            keyfile.writable(source.path)
+        half = masterkeys.unfinished(self._connection, but=self._means.run)
+        if half is not None and half.run_id != job.rollback:
+            raise UnderWay(f"run {half.run_id} exchanged the key and did not end; resume it, or --rollback it first")
+
+    def require_proven(self) -> None:
+        """Refused when the key in use opens nothing of what it should."""
+        seen = census.sampled(self._connection, self._layout, self._resealer)
+        if not (seen.old or seen.new):
+            # The first rows may be the ones that a lost key sealed.
+            self._require_counted(self._counted())
+
+    def counted_before(self) -> Counted:
+        """Every ciphertext by its key. Refused when there is none, or the key in use opens none."""
+        counted = self._counted()
+        self._require_counted(counted)
+        return counted
+
+    def _counted(self) -> Counted:
+        return census.count(self._connection, self._layout, self._resealer, new_first=False)
+
+    def _require_counted(self, counted: Counted) -> None:
+        total, old = counted.total, self.keys.old.fingerprint
+        if not (total.old or total.new or total.lost):
+            raise Refused("there is no ciphertext of a master key in the database: is DATABASE_URL the right one?")
+        if not (total.old or total.new):
+            raise Refused(f"the key {old} opens none of the {total.lost} ciphertexts: it is not this deployment's key")
+
+    def notes(self, counted: Counted) -> Iterator[str]:
+        """What an operator should know before the run: keys, ciphertext by carrier and key, the lock, what no key opens."""
+        new = self.keys.new.fingerprint if self.keys.new else "a key still to be made"
+        yield f"keys: from {self.keys.old.fingerprint} to {new}; keep both with every backup made under them"
+        for name, one in counted.by_carrier.items():
+            yield f"{name}: {one.old} under the old key, {one.new} under the new, {one.lost} under neither"
+        rows = sum(one.rows for one in counted.targets)
+        yield f"lock: writers wait about {max(0.1, rows * _ROW_SECONDS):.1f} s at the cut-over, readers a moment"
+        if counted.total.odd:
+            yield f"odd: {counted.total.odd} open to other bytes than their digest says; they are resealed as they are"
+        yield from (f"undecryptable: {one}" for one in counted.listed)
+        yield from (f"warning: {one}" for one in self.keys.source.warnings)
+
+    # -- laying out ---------------------------------------------------------------------------------
+
+    def begin(self, job: RotateMasterKey) -> Rotating:
+        """Open the journal: new key staged beside the old, old key sealed under the new."""
+        counted = self._counted()
+        if counted.total.lost > job.allow_undecryptable:
+            raise Refused(
+                f"{counted.total.lost} ciphertexts open with no key (`plan` lists them); "
+                f"--allow-undecryptable {counted.total.lost} leaves them as they are"
+            )
+        new = self.keys.new or self._generated()
+        if job.file and self.keys.source.path is not None:
+            keyfile.stage(self.keys.source.path, new, masterkeys.staged_name(self._run))
+        self._connection.execute(sa.delete(RESEALED))
+        derived = issubclass(CODECS[self._layout.scheme], Pbkdf2)
+        masterkeys.begin(
+            self._connection,
+            self._run,
+            old_key=self.keys.old.fingerprint,
+            new_key=new.fingerprint,
+            rolls_back=job.rollback,
+            salt=os.urandom(16).hex() if derived else None,
+            iterations=ITERATIONS if derived else None,
+            sealed=keyring.seal_key(self.keys.old, under=new),
+            envelopes={"before": counted.to_json()},
+        )
+        return Rotating(self._means, replace(self.keys, new=new), masterkeys.of(self._connection, self._run))
+
+    def _generated(self) -> MasterKey:
+        """A new key; the one an interrupted start has staged already."""
+        path = self.keys.source.path
+        if path is None:
+            raise Refused("a new key is written beside the key file, and there is none")
+        staged = keyfile.staged_path(path, masterkeys.staged_name(self._run))
+        return keyring.read(staged) if staged.exists() else keyring.generate()
+
+    def ready_shards(self, *, stage: int) -> Iterator[Shard]:
+        """Every carrier's table in ranges of blocks whose ciphertext fits in memory."""
+        for carrier in self._layout.carriers:
+            for first, end in windows(self._connection, carrier, most=_WINDOW_BYTES):
+                spec = {"carrier": carrier.name, "first": first, "end": end}
+                yield Shard(key=f"make-ready:{carrier.name}:{first}", rows=0, spec=spec, stage=stage)
+
+    def discovery_shards(self, allowed: Iterable[str], *, stage: int) -> Iterator[Shard]:
+        """Every other text and JSON column of the database, to be looked into."""
+        for shard in discovery.shards(self._connection, self._layout, tuple(allowed)):
+            yield replace(shard, stage=stage)
+
+    # -- bites --------------------------------------------------------------------------------------
+
+    def claim_ready(self, shard: Shard, after: Mapping[str, Any] | None) -> Batch:
+        """A range to make ready, or a look into the next window of another column's table."""
+        if shard.key.startswith(discovery.KEY):
+            return discovery.claim(self._connection, self._layout.scheme, shard, after)
+        return Batch(after={"done": True}, exhausted=True, spec=shard.spec)
+
+    def claim_catch_up(self, after: Mapping[str, Any] | None) -> Batch:
+        """Make ready what was written meanwhile, until that is little."""
+        rounds = after["rounds"] + 1 if after else 1
+        ready = self._catch_up()
+        return Batch(after={"rounds": rounds, "ready": ready}, exhausted=ready <= _FEW or rounds >= _MOST_ROUNDS)
+
+    def _catch_up(self) -> int:
+        horizon = self._journal.horizon
+        masterkeys.look_from_here(self._connection, self._run)
+        looks = (one.take(self._run, one.since(horizon), self._resealer, again=True) for _, one in self._each())
+        return sum(taken.ready for taken in looks)
+
+    def claim_cut_over(self, *, manual: bool) -> Batch:
+        """Refused when unknown columns hold ciphertext. Raises Waits until an operator permits a manual cut-over."""
+        cutover.settle_file(self.keys, self._journal)
+        if found := discovery.found(self._connection, self._run):
+            named = ", ".join(f"{column} ({number})" for column, number in sorted(found.items()))
+            raise Refused(f"columns this release does not know may hold ciphertext: {named}; see --allow-column")
+        if manual and self._journal.permitted_at is None:
+            raise Waits(f"ready for the cut-over: stop every server, then `{SWITCH} {self._run}`")
+        return Batch(after={"done": True}, exhausted=True, spec={"cut over": True})
+
+    def apply(self, batch: Batch, *, file: bool) -> Tally:
+        """Make a range ready, cut over, or swap what a sweep found."""
+        if carrier := batch.spec.get("carrier"):
+            self._make_ready(carrier, batch.spec["first"], batch.spec["end"])
+            return Tally()
+        if batch.spec.get("cut over"):
+            return self._cut_over(file=file)
+        return self._swap() if batch.spec.get("swap") else Tally()
+
+    def _make_ready(self, name: str, first: int, end: int | None) -> None:
+        for carrier, ciphertext in self._each():
+            if carrier.name == name:
+                ciphertext.take(self._run, ciphertext.within(first, end), self._resealer, again=False)
+                return
+        raise Refused(f"this release does not know {name}; resume with the release that began the rotation")
+
+    def _swap(self) -> Tally:
+        return sum((ciphertext.swap(self._run) for _, ciphertext in self._each()), Tally())
+
+    def _cut_over(self, *, file: bool) -> Tally:
+        cutover.hold_off_writers(self._connection, self._layout, seconds=self._means.settings.scan_timeout)
+        locked = time.monotonic()
+        self._catch_up()
+        tally = self._swap()
+        waited = cutover.hold_off_readers(self._connection, self._layout)
+        masterkeys.note(
+            self._connection,
+            self._run,
+            cut_over_at=sa.func.clock_timestamp(),
+            cut_over_by=sa.func.pg_current_xact_id(),
+            lock_microseconds=round((time.monotonic() - locked) * 1e6),
+            readers_waited=waited,
+        )
+        if file:
+            cutover.swap_file(self.keys, self._journal)
+        return tally
+
+    def sweep(self, *, everything: bool) -> tuple[int, bool]:
+        """Make ready what came with the old key after all; rows found, and whether a server has used the new key."""
+        journal, ready, fresh = self._journal, 0, list[str]()
+        for carrier, ciphertext in self._each():
+            where = sa.true() if everything else ciphertext.since(journal.horizon, but=journal.cut_over_by)
+            taken = ciphertext.take(self._run, where, self._resealer, again=True)
+            ready += taken.ready
+            fresh += taken.done if carrier.fresh else ()
+        if journal.proved_at is None and self._written_by_others(fresh):
+            masterkeys.note(self._connection, self._run, proved_at=sa.func.clock_timestamp())
+            return ready, True
+        return ready, journal.proved_at is not None
+
+    def _written_by_others(self, keys: list[str]) -> bool:
+        """Whether one of these rows, all under the new key, was never resealed by us."""
+        mine = sa.select(sa.cast(RESEALED.c.key, sa.Text)).where(RESEALED.c.run_id == self._run)
+        return bool(set(keys).difference(self._connection.scalars(mine))) if keys else False
+
+    # -- after --------------------------------------------------------------------------------------
+
+    def judge(self) -> Verdict:
+        """Whether everything opens with the new key, to what it held, and nothing else of a row was changed."""
+        counted = census.count(self._connection, self._layout, self._resealer, new_first=True)
+        before = self._journal.envelopes["before"].values()
+        findings = [
+            Finding(table=one.table, company=one.company, rows=one.rows, what="still sealed with the old key")
+            for one in counted.targets
+        ]
+        for kind, what in (("lost", "sealed with neither key"), ("odd", "opens to other bytes than its digest says")):
+            more = getattr(counted.total, kind) - sum(one[kind] for one in before)
+            if more > 0:
+                findings.append(self._finding(more, f"{what}, and was not when the run began"))
+        findings += self._altered()
+        source = self.keys.source
+        if source.path is not None and self._journal.permitted_at is None and source.key != self.keys.new:
+            findings.append(self._finding(1, f"the key file holds {source.key.fingerprint}, not the new key"))
+        envelopes = {**self._journal.envelopes, "after": counted.to_json()}
+        masterkeys.note(self._connection, self._run, envelopes=envelopes, swept_at=sa.func.clock_timestamp())
+        return Verdict(findings=tuple(findings), left=counted.left())
+
+    def _altered(self) -> Iterator[Finding]:
+        by = self._journal.cut_over_by
+        for carrier, ciphertext in self._each():
+            if by and (number := ciphertext.altered(self._run, by)):
+                what = "another column than the ciphertext was changed with it"
+                yield Finding(table=carrier.table.name, company=None, rows=number, what=what)
+
+    def _finding(self, rows: int, what: str) -> Finding:
+        return Finding(table=self._layout.carriers[0].table.name, company=None, rows=rows, what=what)
+
+    def evidence(self) -> dict[str, Any]:
+        """What the receipt says: fingerprints, ciphertext by carrier and key, times. Puts a half-exchanged file right."""
+        if self.journal is None:
+            return {}
+        cutover.settle_file(self.keys, self.journal)
+        return masterkeys.evidence(self.journal)
+
+    def finish(self, retire_after: timedelta) -> dict[str, Any]:
+        """Remove what was staged, forget what was made ready, and say until when the old key is kept."""
+        path, journal = self.keys.source.path, self._journal
+        after = masterkeys.close(self._connection, journal, retire_after)
+        self._connection.execute(sa.delete(RESEALED))
+        if path is not None:
+            keyfile.unstage(keyfile.staged_path(path, journal.staged))
+        return {"retire_after": after.isoformat()}
+
+
+@lru_cache(maxsize=8)
+def _codec(scheme: str, key: MasterKey, salt: str | None, iterations: int | None) -> Codec:
+    """One codec a process for each key: a derivation takes a good part of a second. All of a run share the salt."""
+    made = CODECS[scheme]
+    if issubclass(made, Pbkdf2):
+        return made(key.raw, salt=bytes.fromhex(salt) if salt else None, iterations=iterations)
+    return made(key.raw)
