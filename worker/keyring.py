@@ -121,13 +121,15 @@ def read(path: Path) -> MasterKey:
         ) from None
     except OSError as error:
         raise Refused(f"the master key file {path} cannot be read: {error.strerror}") from None
-    with os.fdopen(handle, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise Refused(f"the master key file {path} is not a regular file; set {KEY_FILE} to the file itself")
-        try:
+        with os.fdopen(handle, "rb", closefd=False) as file:
             raw = file.read(_LARGEST_FILE + 1)
-        except OSError as error:
-            raise Refused(f"the master key file {path} cannot be read: {error.strerror}") from None
+    except OSError as error:
+        raise Refused(f"the master key file {path} cannot be read: {error.strerror}") from None
+    finally:
+        os.close(handle)
     if len(raw) > _LARGEST_FILE:
         raise BadKey(f"the master key file {path} is too large to be one")
     if not nodejs.trim(nodejs.utf8(raw)):
