@@ -1,4 +1,4 @@
-"""Every ciphertext of the master key sealed anew under another one, and the key exchanged. See docs/rotate-master-key.md."""
+"""All ciphertext sealed anew under another master key, and the key exchanged. See docs/rotate-master-key.md."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class RotateMasterKey(Job):
     action = "maintenance.master_key_rotated"
     read_committed = True
 
-    new_key_file: str | None = param(None, metavar="PATH", help="The new key is in this file, which only you can read.")
+    new_key_file: str | None = param(
+        None, metavar="PATH", help="The new key is in this file, which only you can read."
+    )
     generate: bool = param(False, help="Make a new key, beside the old one.")
     cutover: str = param(
         "file",

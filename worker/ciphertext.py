@@ -82,8 +82,8 @@ class Ciphertext:
     @staticmethod
     def within(first: int, end: int | None) -> sa.ColumnElement[bool]:
         """The rows in these blocks of the table."""
-        start = _PLACE >= tid(first)
-        return start if end is None else sa.and_(start, _PLACE < tid(end))
+        start = tid(first) <= _PLACE
+        return start if end is None else sa.and_(start, tid(end) > _PLACE)
 
     @staticmethod
     def since(horizon: str, *, but: str | None = None) -> sa.ColumnElement[bool]:
@@ -93,14 +93,14 @@ class Ciphertext:
         """
         age = sa.func.age(_xid(horizon))
         term = sa.func.age(_VERSION) <= age
-        return sa.and_(term, _VERSION != _xid(but)) if but else term
+        return sa.and_(term, _xid(but) != _VERSION) if but else term
 
     # -- looking ------------------------------------------------------------------------------------
 
     def rows(
         self, where: sa.ColumnElement[bool], *, rest: bool = False, company: bool = False, most: int | None = None
     ) -> Iterator[list[bytes]]:
-        """(key, place, version, rest, company, digest, text) of rows that may hold ciphertext, as bytes, in a stream."""
+        """(key, place, version, rest, company, digest, text) of rows that may hold ciphertext, in a stream."""
         carrier = self._carrier
         text = sa.cast(carrier.column, sa.Text)
         nothing = sa.null()
@@ -248,7 +248,7 @@ def windows(connection: sa.Connection, carrier: Carrier, *, most: int) -> list[t
         FROM (SELECT ((ctid::text::point)[0]::bigint / 16) * 16 AS place, {column} FROM {quoted}
               WHERE {column} IS NOT NULL) held
         GROUP BY place ORDER BY place
-        """  # noqa: S608 - identifiers of the layout, quoted
+        """
     )
     found, start, size = list[tuple[int, int | None]](), 0, 0
     for place, held in connection.execute(query):

@@ -1,4 +1,4 @@
-"""Ciphertext of the master key where nobody has looked for it: every text and JSON column of the database, in windows.
+"""Ciphertext of the master key where nobody looked for it: every text and JSON column of the database, in windows.
 
 A column that is not of the catalogue's carriers and holds an envelope would be lost with the old key.
 """
@@ -78,14 +78,16 @@ def claim(connection: sa.Connection, scheme: str, shard: Shard, after: Mapping[s
     return Batch(after={"block": start + _WINDOW, "found": found}, exhausted=end is None)
 
 
-def _query(connection: sa.Connection, scheme: str, spec: Mapping[str, Any], start: int, end: int | None) -> sa.TextClause:
+def _query(
+    connection: sa.Connection, scheme: str, spec: Mapping[str, Any], start: int, end: int | None
+) -> sa.TextClause:
     quote = connection.dialect.identifier_preparer.quote
     # Somebody may write of the scheme; an envelope has its other fields beside it.
     holds = "count(*) FILTER (WHERE {0}::text LIKE :scheme AND {0}::text LIKE '%ciphertext%')"
     columns = ", ".join(holds.format(quote(column)) for column in spec["columns"])
     table = f"{quote(spec['schema'])}.{quote(spec['table'])}"
     until = f" AND ctid < '({end},0)'::tid" if end is not None else ""
-    return sa.text(f"SELECT {columns} FROM {table} WHERE ctid >= '({start},0)'::tid{until}").bindparams(  # noqa: S608 - identifiers of the catalogue, quoted
+    return sa.text(f"SELECT {columns} FROM {table} WHERE ctid >= '({start},0)'::tid{until}").bindparams(
         scheme=f"%{scheme}%"
     )
 

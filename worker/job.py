@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
+from uuid import UUID
 
 from worker import canonical
 from worker.errors import Refused
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from worker.archive import ArchivedObject
     from worker.layouts.model import Layout
     from worker.means import Means
+
+# The run of steps that are rolled back.
+REHEARSAL = UUID(int=0)
 
 # A table and the company its rows belong to; None stands for rows of the whole instance.
 Place = tuple[str, str | None]

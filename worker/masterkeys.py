@@ -37,7 +37,15 @@ ROTATIONS = sa.Table(
     sa.Column("readers_waited", sa.Boolean),
     *(
         sa.Column(name, _TIME)
-        for name in ("permitted_at", "cut_over_at", "proved_at", "swept_at", "finished_at", "retire_after", "retired_at")
+        for name in (
+            "permitted_at",
+            "cut_over_at",
+            "proved_at",
+            "swept_at",
+            "finished_at",
+            "retire_after",
+            "retired_at",
+        )
     ),
 )
 MASTER_KEYS = sa.Table(
@@ -123,7 +131,14 @@ def unfinished(connection: sa.Connection, *, but: UUID | None) -> Rotation | Non
     return next((one for one in open_ones if one.run_id not in undone), None)
 
 
-def seen(connection: sa.Connection, fingerprint: str, *, found: int | None = None, sealed: int = 0, current: bool | None = None) -> None:
+def seen(
+    connection: sa.Connection,
+    fingerprint: str,
+    *,
+    found: int | None = None,
+    sealed: int = 0,
+    current: bool | None = None,
+) -> None:
     """Keep what is known of a key: ciphertexts found under it, and how many more were sealed with it."""
     values: dict[str, Any] = {"fingerprint": fingerprint, "sealed": sealed}
     update: dict[str, Any] = {"sealed": MASTER_KEYS.c.sealed + sealed}
@@ -187,7 +202,9 @@ def journalled(settings: Settings, rotation: Rotation, *, new_key_file: str | No
             found[one.old_key] = keyring.open_key(one.sealed, under=under)
     for name, what in ((rotation.new_key, "new"), (rotation.old_key, "old")):
         if name not in found:
-            raise Refused(f"the {what} master key {name} is nowhere to be found by this worker: put it back where it was")
+            raise Refused(
+                f"the {what} master key {name} is nowhere to be found by this worker: put it back where it was"
+            )
     return Keys(old=found[rotation.old_key], new=found[rotation.new_key], source=source)
 
 

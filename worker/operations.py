@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from worker import anchors, archive, audit, db, layouts, ledger, params, registry
 from worker.errors import Refused
-from worker.job import Job, Overdue, Plan, Tally, horizon_of
+from worker.job import REHEARSAL, Job, Overdue, Plan, Tally, horizon_of
 from worker.means import IN_FORCE, Means, Rules
 from worker.runner import Runner, check
 from worker.states import ACTIVE, RESUMABLE, State
@@ -136,7 +136,7 @@ class Operations:
                         now=now,
                         layout=layouts.detect(connection),
                         settings=self.settings,
-                        run=UUID(int=0),
+                        run=REHEARSAL,
                         store=NullStore(self.store),
                     )
                     batch = job.claim(means, shard, cursor, limit)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-import orjson
+from pydantic_core import from_json, to_json
 
 from worker.envelopes import Damaged, WrongKey
 
@@ -66,7 +66,7 @@ class Resealer:
             sealed = self._new.reseal(envelope, plaintext)
             if self._new.open(sealed) != plaintext:
                 raise RuntimeError("an envelope does not open to what was sealed in it")
-            parts += [text[last:start], orjson.dumps(sealed)]
+            parts += [text[last:start], to_json(sealed)]
             last = end
         return (b"".join([*parts, text[last:]]) if parts else None), census
 
@@ -115,7 +115,7 @@ class Resealer:
         if self._marker not in text:
             return
         if text.find(b"{", 1) < 0:
-            whole = orjson.loads(text)
+            whole = from_json(text)
             if self._ours(whole):
                 yield 0, len(text), whole
             return

@@ -20,7 +20,7 @@ from worker import census, cutover, discovery, keyfile, keyring, masterkeys
 from worker.ciphertext import RESEALED, Ciphertext, windows
 from worker.envelopes import CODECS, ITERATIONS, Codec, Pbkdf2
 from worker.errors import Refused, UnderWay, Waits
-from worker.job import Batch, Finding, Shard, Tally, Verdict
+from worker.job import REHEARSAL, Batch, Finding, Shard, Tally, Verdict
 from worker.reseal import Resealer
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class Rotating:
         if job.rollback is not None:
             return cls(means, masterkeys.returning(source, parent, job.rollback), None)
         new = keyring.read(Path(job.new_key_file)) if job.new_key_file is not None else None
+        if new is None and means.run == REHEARSAL:
+            new = keyring.generate()
         return cls(means, masterkeys.Keys(old=source.key, new=new, source=source), None)
 
     @cached_property
@@ -130,10 +132,10 @@ class Rotating:
         if not (total.old or total.new or total.lost):
             raise Refused("there is no ciphertext of a master key in the database: is DATABASE_URL the right one?")
         if not (total.old or total.new):
-            raise Refused(f"the key {old} opens none of the {total.lost} ciphertexts: it is not this deployment's key")
+            raise Refused(f"the key {old} opens none of the {total.lost} ciphertexts: it is not the deployment's key")
 
     def notes(self, counted: Counted) -> Iterator[str]:
-        """What an operator should know before the run: keys, ciphertext by carrier and key, the lock, what no key opens."""
+        """What an operator should know before: keys, ciphertext by carrier and key, the lock, what no key opens."""
         new = self.keys.new.fingerprint if self.keys.new else "a key still to be made"
         yield f"keys: from {self.keys.old.fingerprint} to {new}; keep both with every backup made under them"
         for name, one in counted.by_carrier.items():
@@ -141,7 +143,7 @@ class Rotating:
         rows = sum(one.rows for one in counted.targets)
         yield f"lock: writers wait about {max(0.1, rows * _ROW_SECONDS):.1f} s at the cut-over, readers a moment"
         if counted.total.odd:
-            yield f"odd: {counted.total.odd} open to other bytes than their digest says; they are resealed as they are"
+            yield f"odd: {counted.total.odd} open to other bytes than their digest says; they stay as they are"
         yield from (f"undecryptable: {one}" for one in counted.listed)
         yield from (f"warning: {one}" for one in self.keys.source.warnings)
 
@@ -311,7 +313,7 @@ class Rotating:
         return Finding(table=self._layout.carriers[0].table.name, company=None, rows=rows, what=what)
 
     def evidence(self) -> dict[str, Any]:
-        """What the receipt says: fingerprints, ciphertext by carrier and key, times. Puts a half-exchanged file right."""
+        """What the receipt says: fingerprints, counts and times. Puts a half-exchanged file right."""
         if self.journal is None:
             return {}
         cutover.settle_file(self.keys, self.journal)

@@ -91,6 +91,9 @@ GUIDE = Layout(
         "user": Subject(key=USERS.c.id, names=(USERS.c.email,)),
         "task": Subject(key=TASKS.c.id, names=()),
     },
+    scheme="pbkdf2_aes_256_gcm_v1",
+    carriers=(_MATERIAL,),
+    locked_first=(_SECRETS,),
     landmarks=(COMPANIES, TASKS, USERS, ACTIVITY),
     record_activity=record_activity(ACTIVITY, details="metadata", at="timestamp"),
 )

@@ -9,6 +9,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from worker.layouts import catalogue
 from worker.layouts.model import Keep, Layout, LogTable, Subject, record_activity
+from worker.layouts.paperclip.carriers import CARRIERS, SCHEME, SECRETS
 from worker.layouts.paperclip.tables import (
     COMPANIES,
     EFFECTS,
@@ -22,7 +23,6 @@ from worker.layouts.paperclip.tables import (
     run_of_task,
     table,
 )
-from worker.layouts.paperclip.carriers import CARRIERS, SCHEME, SECRETS
 from worker.layouts.paperclip.tasks import TASK_TABLE, TASKS
 
 # §2.3: the families an auditor asks for long after the rest has gone.

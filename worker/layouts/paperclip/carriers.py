@@ -21,9 +21,7 @@ _VERSIONS = _table("company_secret_versions", "material", secret_id=sa.Uuid, val
 
 def _owned(name: str, column: str, *, fresh: bool = False) -> Carrier:
     found = _table(name, column, company_id=sa.Uuid)
-    return Carrier(
-        table=found, key=found.c.id, column=found.c[column], company=found.c.company_id, fresh=fresh
-    )
+    return Carrier(table=found, key=found.c.id, column=found.c[column], company=found.c.company_id, fresh=fresh)
 
 
 # In the order the app locks them.
