@@ -228,6 +228,31 @@ def released(
     return make_deployment(fresh_database(template("paperclip")), "paperclip")
 
 
+@pytest.fixture(scope="module")
+def standing(
+    servers: embedded.Embedded,
+    _admin: psycopg.Connection[Any],
+    template: Callable[[str], str],
+    signing_key: Path,
+    request: pytest.FixtureRequest,
+) -> Iterator[Deployment]:
+    """A seeded deployment on the released layout for a whole module, whose tests leave it as it is."""
+    name = f"standing_{os.getpid()}_{request.module.__name__.rpartition('.')[2]}"
+    source = template("paperclip")
+    _admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(source)))
+    environment = {
+        **servers.environment(name),
+        "PAPERCLIP_WORKER_S3_PREFIX": f"{name}/",
+        "PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(signing_key),
+    }
+    # boto3 finds credentials by its own chain.
+    os.environ.update({key: value for key, value in environment.items() if key.startswith("AWS_")})
+    operations = Operations(config.load(environment))
+    yield Deployment(layout="paperclip", environment=environment, operations=operations, opened=[operations])
+    operations.engine.dispose()
+    _admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _quiet() -> None:
     logs.silence()
