@@ -19,6 +19,7 @@ import pytest
 import sqlalchemy as sa
 from psycopg import sql
 
+from tests.zygote import inherited, run_alone, zygote
 from worker import audit, config, embedded, ledger, logs
 from worker.layouts import LAYOUTS, demo_schema
 from worker.operations import Operations
@@ -108,18 +109,14 @@ class Deployment:
     opened: list[Operations]
 
     def cli(
-        self, *words: str, ok: bool = True, env: dict[str, str] | None = None
+        self, *words: str, ok: bool = True, env: dict[str, str] | None = None, alone: bool = False
     ) -> subprocess.CompletedProcess[str]:
-        """Run the command line as its own process; with `ok`, demand exit status 0."""
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "cli.py"), *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            timeout=120,
-            env=self.process_environment() | (env or {}),
-        )
+        """Run the command line as its own process; with `ok`, demand exit status 0.
+
+        Its imports are shared with other commands, unless it is to stand `alone`.
+        """
+        environment = self.process_environment() | (env or {})
+        done = run_alone(*words, env=environment) if alone else zygote().run(*words, env=environment)
         if ok:
             assert done.returncode == 0, done.stderr
         return done
@@ -128,8 +125,7 @@ class Deployment:
         return json.loads(self.cli(*words, "--json", ok=ok).stdout)
 
     def process_environment(self) -> dict[str, str]:
-        keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
-        return {**keep, **self.environment, "AWS_EC2_METADATA_DISABLED": "true", "PYTHONWARNINGS": "error"}
+        return {**inherited(), **self.environment, "AWS_EC2_METADATA_DISABLED": "true"}
 
     def with_settings(self, **values: str) -> Operations:
         """The same deployment with other settings (environment names without their prefix)."""
@@ -230,6 +226,31 @@ def released(
 ) -> Deployment:
     """A seeded deployment on the released layout."""
     return make_deployment(fresh_database(template("paperclip")), "paperclip")
+
+
+@pytest.fixture(scope="module")
+def standing(
+    servers: embedded.Embedded,
+    _admin: psycopg.Connection[Any],
+    template: Callable[[str], str],
+    signing_key: Path,
+    request: pytest.FixtureRequest,
+) -> Iterator[Deployment]:
+    """A seeded deployment on the released layout for a whole module, whose tests leave it as it is."""
+    name = f"standing_{os.getpid()}_{request.module.__name__.rpartition('.')[2]}"
+    source = template("paperclip")
+    _admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(source)))
+    environment = {
+        **servers.environment(name),
+        "PAPERCLIP_WORKER_S3_PREFIX": f"{name}/",
+        "PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(signing_key),
+    }
+    # boto3 finds credentials by its own chain.
+    os.environ.update({key: value for key, value in environment.items() if key.startswith("AWS_")})
+    operations = Operations(config.load(environment))
+    yield Deployment(layout="paperclip", environment=environment, operations=operations, opened=[operations])
+    operations.engine.dispose()
+    _admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 @pytest.fixture(autouse=True, scope="session")

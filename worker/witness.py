@@ -93,7 +93,9 @@ class _Reader:
             if receipt is None:
                 continue
             if item.seq == before:
+                # Which of them comes first is chance: both are judged by their signature.
                 self._flaw(item.seq, f"there is another receipt {item.seq}, {item.key}")
+                self._check_signature(item, receipt)
                 continue
             before = item.seq
             while head is not None and head.seq < item.seq:
@@ -139,12 +141,15 @@ class _Reader:
         if not matches:
             self._flaw(receipt.seq, f"{head.key} does not name this receipt")
             return
-        signed = Signed.decode(head.body)
+        self._check_signature(head, Signed.decode(head.body))
+
+    def _check_signature(self, item: _Object, signed: Signed | Receipt) -> None:
+        """Judge what an object holds by itself: its hash, and the signature of that."""
         flaws = audit.signature_flaws(signed.hash, signed.signer, signed.signature, self._keys)
         if anchors.sha256(signed.body) != signed.hash:
             flaws.insert(0, "it does not have its hash")
         for what in flaws:
-            self._flaw(receipt.seq, f"{head.key}: {what}")
+            self._flaw(item.seq, f"{item.key}: {what}")
 
     def _objects(self, pool: ThreadPoolExecutor, prefix: str, pattern: re.Pattern[str]) -> Iterator[_Object]:
         """The objects below a prefix by name, read ahead of their use."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import boto3
-import psycopg
 import pytest
 from botocore.config import Config
-from psycopg import sql
 
 from tests.cli.helpers import complete
 from tests.conftest import Deployment
@@ -82,25 +79,11 @@ class Bucket:
 
 
 @pytest.fixture(scope="module")
-def chain(
-    servers: embedded.Embedded, _admin: psycopg.Connection[Any], template: Callable[[str], str], signing_key: Path
-) -> dict[str, bytes]:
+def chain(standing: Deployment) -> dict[str, bytes]:
     """The objects that four runs of a deployment left in its bucket."""
-    name = f"chain_{os.getpid()}"
-    source = template("paperclip")
-    _admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(source)))
-    environment = {
-        **servers.environment(name),
-        "PAPERCLIP_WORKER_S3_PREFIX": f"{name}/",
-        "PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(signing_key),
-    }
-    os.environ.update({key: value for key, value in environment.items() if key.startswith("AWS_")})
-    operations = Operations(config.load(environment))
-    deployment = Deployment(layout="paperclip", environment=environment, operations=operations, opened=[])
     for _ in range(4):
-        complete(deployment, archive=False)
-    operations.close()
-    store = S3Store(operations.settings)
+        complete(standing, archive=False)
+    store = S3Store(standing.operations.settings)
     return {key: store.get(key).body for key in store.keys("receipts/")}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -178,7 +179,30 @@ def test_another_key_does_not_rewrite_a_chain(bucket: Bucket, chain: Chain, tmp_
         bucket.put(key, body)
     done = bucket.verify("--json")
     assert done.returncode == 1
-    assert any("a key that is not trusted" in one["what"] for one in json.loads(done.stdout)["flaws"])
+    assert _untrusted(done.stdout) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_a_second_receipt_is_judged_wherever_its_name_sorts(
+    bucket: Bucket, chain: Chain, tmp_path: Path, first: bool
+) -> None:
+    forger = audit.keygen(tmp_path / "forger.pem")
+    forged = next(
+        made
+        for made in (rewritten(chain, forger, actor=f"nobody {number}") for number in itertools.count())
+        if (_key(made, 2) < _key(chain, 2)) is first
+    )
+    bucket.put(_key(forged, 2), forged[_key(forged, 2)])
+    done = bucket.verify("--json")
+    assert done.returncode == 1
+    assert _untrusted(done.stdout) == {2}
+    other = _key(chain if first else forged, 2)
+    assert f"there is another receipt 2, {other}" in [one["what"] for one in json.loads(done.stdout)["flaws"]]
+
+
+def _untrusted(found: str) -> set[int]:
+    """The numbers of the receipts that a key signed which nobody trusts."""
+    return {one["seq"] for one in json.loads(found)["flaws"] if "a key that is not trusted" in one["what"]}
 
 
 def test_a_prefix_with_nothing_in_it_is_no_success(bucket: Bucket) -> None:
@@ -190,13 +214,13 @@ def test_a_prefix_with_nothing_in_it_is_no_success(bucket: Bucket) -> None:
     check_refusal(done, says="there is no receipt", status=1)
 
 
-def rewritten(chain: Chain, signer: audit.Signer) -> Chain:
+def rewritten(chain: Chain, signer: audit.Signer, *, actor: str = "nobody") -> Chain:
     """The chain with another's name in it, whole in itself, as somebody with this key can make it."""
     made: Chain = {}
     previous = audit.GENESIS
     for seq in range(1, 5):
         body = json.loads(Signed.decode(chain[_key(chain, seq)]).body)
-        body |= {"actor": "nobody", "prev": previous, "signer": signer.fingerprint}
+        body |= {"actor": actor, "prev": previous, "signer": signer.fingerprint}
         text = canonical.encode(body).decode()
         previous = anchors.sha256(text)
         signed = Signed(body=text, hash=previous, signer=signer.fingerprint, signature=signer.sign(previous))

@@ -37,23 +37,26 @@ class Bench:
     def __init__(self, servers: embedded.Embedded, key: Path) -> None:
         self._servers, self._key = servers, key
         self.admin = servers.environment()["DATABASE_URL"]
-        self._made: set[int] = set()
+        self._made: set[str] = set()
 
     def database(self, rows: int) -> dict[str, str]:
         """The environment of a fresh copy of a log of so many rows."""
-        template = f"log{rows}"
-        if rows not in self._made:
+        return self.copy(f"log{rows}", "paperclip", lambda url: fill(url, rows))
+
+    def copy(self, template: str, layout: str, fill_in: Callable[[str], None]) -> dict[str, str]:
+        """The environment of a fresh copy of a seeded deployment of a layout, once filled by `fill_in`."""
+        if template not in self._made:
             with psycopg.connect(self.admin, autocommit=True) as connection:
                 connection.execute(f"CREATE DATABASE {template}".encode())
             url = self._servers.environment(template)["DATABASE_URL"]
             engine = sa.create_engine(url.replace("postgres://", "postgresql+psycopg://", 1))
             with engine.begin() as connection:
-                demo_schema.create(connection, "paperclip")
-                demo_schema.seed(connection, "paperclip", rows=1_000, now=NOW, companies=8)
+                demo_schema.create(connection, layout)
+                demo_schema.seed(connection, layout, rows=1_000, now=NOW, companies=8)
             ledger.init(engine)
             engine.dispose()
-            fill(url, rows)
-            self._made.add(rows)
+            fill_in(url)
+            self._made.add(template)
         copy_of(self.admin, template, "bench")
         return {
             **self._servers.environment("bench"),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -15,9 +14,8 @@ import pytest
 import sqlalchemy as sa
 
 from tests.benchmarks import bench
-from tests.conftest import NOW
-from worker import audit, config, embedded, layouts, ledger
-from worker.layouts import demo_schema
+from tests.benchmarks.bench import Bench
+from worker import config, layouts
 from worker.means import Means
 from worker.operations import Operations
 
@@ -71,47 +69,16 @@ _TOUCH = {
 WANTED = {"guide": 0.8, "paperclip": 0.6}
 
 
-class Bench:
-    """One set of servers with production durability, and a template database of each layout."""
+def _deployment(large: Bench, layout: str) -> dict[str, str]:
+    """The environment of a fresh copy of a deployment with so many tasks."""
 
-    def __init__(self, servers: embedded.Embedded, key: Path) -> None:
-        self._servers, self._key = servers, key
-        self.admin = servers.environment()["DATABASE_URL"]
-        self._made: set[str] = set()
+    def fill_in(url: str) -> None:
+        with psycopg.connect(url, autocommit=True) as connection:
+            for statement in _FILL[layout]:
+                connection.execute(statement.encode())
+            connection.execute("VACUUM ANALYZE")
 
-    def database(self, layout: str) -> dict[str, str]:
-        """The environment of a fresh copy of a deployment with so many tasks."""
-        template = f"tasks_{layout}"
-        if layout not in self._made:
-            with psycopg.connect(self.admin, autocommit=True) as connection:
-                connection.execute(f"CREATE DATABASE {template}".encode())
-            url = self._servers.environment(template)["DATABASE_URL"]
-            engine = sa.create_engine(url.replace("postgres://", "postgresql+psycopg://", 1))
-            with engine.begin() as connection:
-                demo_schema.create(connection, layout)
-                demo_schema.seed(connection, layout, rows=1_000, now=NOW, companies=8)
-            ledger.init(engine)
-            engine.dispose()
-            with psycopg.connect(url, autocommit=True) as connection:
-                for statement in _FILL[layout]:
-                    connection.execute(statement.encode())
-                connection.execute("VACUUM ANALYZE")
-            self._made.add(layout)
-        bench.copy_of(self.admin, template, "bench")
-        return {
-            **self._servers.environment("bench"),
-            "PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(self._key),
-            "PATH": "/usr/bin:/bin",
-        }
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    key = tmp_path_factory.mktemp("key") / "signing.pem"
-    audit.keygen(key)
-    settings = {"shared_buffers": "2GB", "max_wal_size": "8GB", "checkpoint_timeout": "30min"}
-    with embedded.start(postgres_settings=settings) as servers:
-        yield Bench(servers, key)
+    return large.copy(f"tasks_{layout}", layout, fill_in)
 
 
 def _run(environment: dict[str, str], *words: str) -> tuple[dict[str, Any], float]:
@@ -178,17 +145,17 @@ def test_rate(large: Bench, capsys: Any, layout: str) -> None:
     rates: dict[str, list[float]] = {"worker": [], "undo": [], "giant by ids": [], "giant with guards": []}
     waits: list[dict[str, float]] = []
     for _ in range(bench.REPEATS):
-        environment = large.database(layout)
+        environment = _deployment(large, layout)
         with bench.Worker(environment), _writer(environment, layout) as report:
             result, rate = _run(environment)
             waits.append(report())
             rates["worker"].append(rate)
             ids = _archived(environment, result["run"])
             rates["undo"].append(_run(environment, "--undo", result["run"])[1])
-        environment = large.database(layout)
+        environment = _deployment(large, layout)
         with _writer(environment, layout):
             rates["giant by ids"].append(_by_ids(environment, layout, ids))
-        environment = large.database(layout)
+        environment = _deployment(large, layout)
         with _writer(environment, layout):
             rows, rate = _with_guards(environment, layout)
         assert abs(rows - len(ids)) < 100  # the horizon moves on by a few rows between the two

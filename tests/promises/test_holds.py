@@ -268,32 +268,6 @@ def test_the_command_line_adds_lists_and_releases(released: Deployment) -> None:
 
 
 ADD = ("holds", "add", "--reason", "case 7")
-PAST = "2020-01-31"
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (ADD, "exactly one of --company, --user, --task and --table"),
-        ((*ADD, "--table", "activity_log", "--user", "x"), "exactly one of"),
-        ((*ADD, "--user", "nobody@nowhere.example"), "--user: there is no user with the id or email"),
-        ((*ADD, "--company", "acme"), "--company: there is no company with the id or name"),
-        ((*ADD, "--task", "ZZZ-1"), "--task: there is no task with the id or identifier"),
-        ((*ADD, "--table", "nosuch"), "nosuch is not a log"),
-        ((*ADD, "--table", "cost_events"), "cost_events is never pruned"),
-        ((*ADD, "--table", "activity_log", "--until", PAST), "--until: .* is past"),
-        ((*ADD, "--table", "activity_log", "--until", "soon"), "'soon' is not a date"),
-        (("holds", "add", "--table", "activity_log"), "--reason"),
-        (("holds", "add", "--table", "activity_log", "--reason", " "), "--reason is empty"),
-        (("holds", "release", "nosuch", "--reason", "x", "--yes"), "no hold has an id"),
-        (("holds", "release", "", "--reason", "x", "--yes"), "no hold has an id"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)
-def test_bad_words(released: Deployment, words: tuple[str, ...], says: str) -> None:
-    before = world(released)
-    refused(released, *words, says=says)
-    assert world(released) == before
 
 
 def test_an_email_of_two_is_no_target(released: Deployment) -> None:

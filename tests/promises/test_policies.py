@@ -200,46 +200,6 @@ def test_bounds_that_contradict_each_other_are_a_fault_of_the_settings(released:
     )
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ((*SET, "--keep", "0d"), "above zero"),
-        ((*SET, "--keep", "many"), "not a duration"),
-        (SET, "--keep"),
-        ((*SET[:4], "--keep", "365d"), "--reason"),
-        ((*SET[:4], "--keep", "365d", "--reason", ""), "--reason is empty"),
-        ((*SET, "--keep", "365d", "--company", "nobody"), "--company: there is no company"),
-        (("policy", "set", "--table", "nosuch", "--keep", "365d", "--reason", "x"), "nosuch is not a log"),
-        (
-            ("policy", "set", "--table", "cost_events", "--keep", "365d", "--reason", "x"),
-            "cost_events is never pruned",
-        ),
-        (
-            (
-                "policy",
-                "set",
-                "--table",
-                "session",
-                "--keep",
-                "9d",
-                "--reason",
-                "x",
-                "--company",
-                "Northwind Robotics 1",
-            ),
-            "--company: the rows of session belong to no company",
-        ),
-        (("policy", "preview", "--table", "nosuch", "--keep", "9d"), "nosuch is not a log"),
-        (("policy", "remove", "--table", "activity_log", "--reason", "x"), "no such policy"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)
-def test_bad_words(released: Deployment, words: tuple[str, ...], says: str) -> None:
-    before = world(released)
-    refused(released, *words, says=says)
-    assert world(released) == before
-
-
 def test_many_companies_cost_one_term_a_moment(released: Deployment) -> None:
     """The predicate grows with the distinct moments, not with the companies."""
     found = [
