@@ -126,11 +126,12 @@ class Ciphertext:
 
     def _rest(self) -> sa.ColumnElement[Any]:
         """A digest of every other column of a row."""
-        quote = self._connection.dialect.identifier_preparer.quote
-        terms = []
+        prepare = self._connection.dialect.identifier_preparer
+        table, terms = prepare.format_table(self._carrier.table), []
         for name, kind in _columns(self._connection, self._carrier.table):
             if name != self._carrier.column.name:
-                terms.append(f"{quote(name)}::text" if kind in _DIGESTLESS else quote(name))
+                cell = f"{table}.{prepare.quote(name)}"
+                terms.append(f"{cell}::text" if kind in _DIGESTLESS else cell)
         return sa.literal_column(f"hash_record_extended(ROW({', '.join(terms)}), 0)")
 
     # -- making ready -------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def evidence(rotation: Rotation) -> dict[str, Any]:
         "rolls_back": str(rotation.rolls_back) if rotation.rolls_back else None,
         "envelopes": rotation.envelopes,
         "permitted_by": rotation.permitted_by,
-        "lock_seconds": None if rotation.lock_microseconds is None else rotation.lock_microseconds / 1e6,
+        "lock_microseconds": rotation.lock_microseconds,
         "readers_waited": rotation.readers_waited,
     }
     return found | {name: value.isoformat() if (value := getattr(rotation, name)) else None for name in times}

@@ -27,6 +27,7 @@ _DUMMY = {
     "uuid": uuid4,
     "text": lambda: "x",
     "integer": lambda: 0,
+    "bigint": lambda: 0,
     "boolean": lambda: False,
     "jsonb": lambda: "{}",
     "timestamp with time zone": lambda: "2026-01-01",
@@ -197,7 +198,9 @@ class Vault:
     def run(self, *words: str, ok: bool = True, **settings: str) -> Any:
         """`run rotate-master-key --inline --yes`, with the new key still to be named; what it says as JSON."""
         env = {f"PAPERCLIP_WORKER_{name.upper()}": value for name, value in settings.items()}
-        done = self.deployment.cli("--debug", "run", "rotate-master-key", "--inline", "--yes", "--json", *words, ok=ok, env=env)
+        done = self.deployment.cli(
+            "--debug", "run", "rotate-master-key", "--inline", "--yes", "--json", *words, ok=ok, env=env
+        )
         return json.loads(done.stdout)
 
     @property
