@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tasks.archive_tasks import ArchiveTasks
 from tasks.prune_logs import PruneLogs
+from tasks.retire_master_key import RetireMasterKey
 from worker.job import Job
 
 
@@ -26,4 +27,5 @@ SCHEDULE: Mapping[str, Entry] = {
     "prune-activity-log": Entry("15 3 * * *", PruneLogs()),
     "prune-run-events": Entry("45 3 * * *", PruneLogs(table="heartbeat_run_events")),
     "archive-tasks": Entry("15 4 * * *", ArchiveTasks()),
+    "retire-master-key": Entry("15 5 * * *", RetireMasterKey()),
 }

@@ -193,6 +193,10 @@ class Ciphertext:
         name = carrier.table.name
         return Tally({(name, row[0]): Amount(row[1], int(row[2])) for row in self._connection.execute(query)})
 
+    def clear(self, run: UUID) -> None:
+        """Forget what a run made ready."""
+        self._connection.execute(sa.delete(RESEALED).where(RESEALED.c.run_id == run))
+
     def altered(self, run: UUID, by: str) -> int:
         """Rows swapped by a transaction and untouched since whose other columns are not what they were."""
         carrier = self._carrier

@@ -28,6 +28,8 @@ def statements(layout: Layout, role: str, jobs: Iterable[type[Job]]) -> Iterator
     yield f"GRANT USAGE ON SCHEMA public, {SCHEMA} TO {to}"
     yield f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA {SCHEMA} TO {to}"
     yield f"REVOKE UPDATE ON {', '.join(f'{SCHEMA}.{name}' for name in _APPEND_ONLY)} FROM {to}"
+    # What a rotation of the master key makes ready is gone when it ends.
+    yield f"GRANT DELETE ON {SCHEMA}.resealed TO {to}"
     rights = [*_everyone(layout), *(right for job in jobs for right in job.rights(layout))]
     for (table, verb), columns in sorted(_merged(rights).items()):
         of = f" ({', '.join(map(quote, sorted(columns)))})" if columns else ""

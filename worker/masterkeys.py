@@ -21,8 +21,8 @@ from worker.errors import Refused
 from worker.ledger import SCHEMA
 
 if TYPE_CHECKING:
-    from worker.config import Settings
     from worker.keyring import MasterKey
+    from worker.means import Means
 
 _TIME = sa.DateTime(timezone=True)
 _META = sa.MetaData(schema=SCHEMA)
@@ -181,6 +181,33 @@ def evidence(rotation: Rotation) -> dict[str, Any]:
     return found | {name: value.isoformat() if (value := getattr(rotation, name)) else None for name in times}
 
 
+def counts(connection: sa.Connection) -> list[dict[str, Any]]:
+    """What is known of each key that was ever in use: ciphertexts found under it, and sealed with it by us."""
+    rows = connection.execute(sa.select(MASTER_KEYS).order_by(MASTER_KEYS.c.first_seen))
+    times = ("first_seen", "counted_at")
+    return [
+        {name: value.isoformat() if name in times and value else value for name, value in row._asdict().items()}
+        for row in rows
+    ]
+
+
+def under_seal(connection: sa.Connection) -> list[Rotation]:
+    """The rotations whose old key is still there under seal, the one due first first."""
+    found = (one for one in every(connection) if one.finished_at and one.sealed is not None)
+    return sorted(found, key=lambda one: (one.retire_after or one.finished_at, one.run_id))
+
+
+def destroy(connection: sa.Connection, rotation: Rotation, *, by: UUID) -> None:
+    """Drop an old key for good: nothing can be opened with it any more, nor rolled back to it."""
+    values = {"sealed": None, "retired_at": sa.func.clock_timestamp(), "retired_by": str(by)}
+    connection.execute(sa.update(ROTATIONS).where(ROTATIONS.c.old_key == rotation.old_key).values(values))
+
+
+def permit(connection: sa.Connection, run: UUID, *, by: str) -> None:
+    """Let a manual cut-over go on: every server is stopped."""
+    note(connection, run, permitted_at=sa.func.clock_timestamp(), permitted_by=by)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Keys:
     """The two keys of a rotation, and the key file where there is one. `new` is None before it was made."""
@@ -190,22 +217,29 @@ class Keys:
     source: keyring.Source
 
 
-def journalled(settings: Settings, rotation: Rotation, *, new_key_file: str | None, parent: Rotation | None) -> Keys:
-    """The keys a rotation is about, wherever they are by now. Refused, by fingerprint, when one is nowhere.
-
-    `parent`: the rotation that is rolled back, under whose seal the key to return to is.
-    """
-    source = keyring.locate(settings)
+def journalled(means: Means, rotation: Rotation, *, new_key_file: str | None) -> Keys:
+    """The keys a rotation is about, wherever they are by now. Refused, by fingerprint, when one is nowhere."""
+    source = keyring.locate(means.settings)
     found = {key.fingerprint: key for key in _candidates(source, rotation, new_key_file)}
-    for one in (parent, rotation):
-        if one and one.sealed and one.old_key not in found and (under := found.get(one.new_key)):
-            found[one.old_key] = keyring.open_key(one.sealed, under=under)
+    unseal(means.connection, found)
     for name, what in ((rotation.new_key, "new"), (rotation.old_key, "old")):
         if name not in found:
             raise Refused(
-                f"the {what} master key {name} is nowhere to be found by this worker: put it back where it was"
+                f"the {what} master key {name} is nowhere to be found by this worker; put it back where it was"
             )
     return Keys(old=found[rotation.old_key], new=found[rotation.new_key], source=source)
+
+
+def unseal(connection: sa.Connection, found: dict[str, MasterKey]) -> None:
+    """Add to the keys found every older one under their seal, and under the seals of those."""
+    sealed = {one.old_key: one for one in every(connection) if one.sealed is not None}
+    more = True
+    while more:
+        more = False
+        for name, one in sealed.items():
+            if name not in found and one.sealed is not None and (under := found.get(one.new_key)):
+                found[name] = keyring.open_key(one.sealed, under=under)
+                more = True
 
 
 def returning(source: keyring.Source, parent: Rotation | None, run: UUID) -> Keys:

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from worker import archive, holds, ledger, retention, slices
 from worker.errors import Refused
 from worker.restore import Restore
+from worker.retirement import Retiring
 from worker.rotation import Rotating
 from worker.rowset import RowSet, at
 from worker.tasksets import TaskSets
@@ -83,6 +84,10 @@ class Means:
     def rotating(self, job: RotateMasterKey) -> Rotating:
         """What can be done to rotate the master key."""
         return Rotating.of(self, job)
+
+    def retiring(self, key: str | None) -> Retiring:
+        """What can be done to retire old master keys."""
+        return Retiring(self, key)
 
     def restore(self, run: UUID | None, companies: tuple[UUID, ...]) -> Restore:
         """What can be done to put a run's archive back."""

@@ -9,15 +9,17 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json, to_json
 
-from worker.envelopes import Damaged, WrongKey
+from worker.envelopes import CODECS, Damaged, Pbkdf2, WrongKey
 
 if TYPE_CHECKING:
     from worker.envelopes import Codec
+    from worker.keyring import MasterKey
 
 # Strings are stepped over whole, so that neither a brace nor the scheme's name inside one counts.
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}]')
@@ -41,6 +43,22 @@ class Census:
 
     def to_json(self) -> dict[str, int]:
         return {"old": self.old, "new": self.new, "lost": self.lost, "odd": self.odd}
+
+
+def resealer(
+    scheme: str, old: MasterKey, new: MasterKey | None, *, salt: str | None = None, iterations: int | None = None
+) -> Resealer:
+    """From one key to the other; salt (hex) and iterations where the scheme seals under a derived key."""
+    return Resealer(_codec(scheme, old, None, None), _codec(scheme, new, salt, iterations) if new else None)
+
+
+@lru_cache(maxsize=16)
+def _codec(scheme: str, key: MasterKey, salt: str | None, iterations: int | None) -> Codec:
+    """One codec a process for each key: a derivation takes a good part of a second."""
+    made = CODECS[scheme]
+    if issubclass(made, Pbkdf2):
+        return made(key.raw, salt=bytes.fromhex(salt) if salt else None, iterations=iterations)
+    return made(key.raw)
 
 
 class Resealer:

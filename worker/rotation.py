@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -18,10 +18,10 @@ import sqlalchemy as sa
 
 from worker import census, cutover, discovery, keyfile, keyring, masterkeys
 from worker.ciphertext import RESEALED, Ciphertext, windows
-from worker.envelopes import CODECS, ITERATIONS, Codec, Pbkdf2
+from worker.envelopes import CODECS, ITERATIONS, Pbkdf2
 from worker.errors import Refused, UnderWay, Waits
 from worker.job import REHEARSAL, Batch, Finding, Shard, Tally, Verdict
-from worker.reseal import Resealer
+from worker.reseal import Resealer, resealer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -57,12 +57,12 @@ class Rotating:
     def of(cls, means: Means, job: RotateMasterKey) -> Rotating:
         """The rotation of a job, by its journal where there is one. Refused when a key cannot be found."""
         journal = masterkeys.of(means.connection, means.run)
-        parent = masterkeys.of(means.connection, job.rollback)
         if journal is not None:
-            keys = masterkeys.journalled(means.settings, journal, new_key_file=job.new_key_file, parent=parent)
+            keys = masterkeys.journalled(means, journal, new_key_file=job.new_key_file)
             return cls(means, keys, journal)
         source = keyring.locate(means.settings)
         if job.rollback is not None:
+            parent = masterkeys.of(means.connection, job.rollback)
             return cls(means, masterkeys.returning(source, parent, job.rollback), None)
         new = keyring.read(Path(job.new_key_file)) if job.new_key_file is not None else None
         if new is None and means.run == REHEARSAL:
@@ -71,11 +71,8 @@ class Rotating:
 
     @cached_property
     def _resealer(self) -> Resealer:
-        new = None
-        if self.keys.new is not None:
-            salt, rounds = (self.journal.salt, self.journal.iterations) if self.journal else (None, None)
-            new = _codec(self._layout.scheme, self.keys.new, salt, rounds)
-        return Resealer(_codec(self._layout.scheme, self.keys.old, None, None), new)
+        salt, rounds = (self.journal.salt, self.journal.iterations) if self.journal else (None, None)
+        return resealer(self._layout.scheme, self.keys.old, self.keys.new, salt=salt, iterations=rounds)
 
     def _each(self) -> Iterator[tuple[Carrier, Ciphertext]]:
         for carrier in self._layout.carriers:
@@ -327,12 +324,3 @@ class Rotating:
         if path is not None:
             keyfile.unstage(keyfile.staged_path(path, journal.staged))
         return {"retire_after": after.isoformat()}
-
-
-@lru_cache(maxsize=8)
-def _codec(scheme: str, key: MasterKey, salt: str | None, iterations: int | None) -> Codec:
-    """One codec a process for each key: a derivation takes a good part of a second. All of a run share the salt."""
-    made = CODECS[scheme]
-    if issubclass(made, Pbkdf2):
-        return made(key.raw, salt=bytes.fromhex(salt) if salt else None, iterations=iterations)
-    return made(key.raw)

@@ -16,7 +16,7 @@ from psycopg import sql
 
 from tests.conftest import Deployment
 from worker import keyring, layouts
-from worker.envelopes import CODECS, Codec, Damaged, Pbkdf2, WrongKey
+from worker.envelopes import CODECS, Codec, Damaged, LocalEncrypted, Pbkdf2, WrongKey
 from worker.keyring import MasterKey
 from worker.layouts.catalogue import load
 
@@ -36,7 +36,9 @@ _DUMMY = {
 
 def codec(layout: str, key: MasterKey) -> Codec:
     made = CODECS[layouts.LAYOUTS[layout].scheme]
-    return made(key.raw, salt=key.raw[:16], iterations=ROUNDS) if issubclass(made, Pbkdf2) else made(key.raw)
+    if made is Pbkdf2:
+        return Pbkdf2(key.raw, salt=key.raw[:16], iterations=ROUNDS)
+    return LocalEncrypted(key.raw)
 
 
 @dataclass(kw_only=True)
@@ -91,12 +93,9 @@ class Vault:
         """Secrets in every carrier of the layout, with values of all kinds."""
         with self.connect() as connection:
             for number in range(versions):
-                status = {"status": ("current", "previous", "disabled", "destroyed")[number % 4]}
-                self.add_version(
-                    connection,
-                    VALUES[number % len(VALUES)] or "",
-                    **(status if self.layout == "paperclip" else {}),
-                )
+                status = ("current", "previous", "disabled", "destroyed")[number % 4]
+                more: dict[str, Any] = {"status": status} if self.layout == "paperclip" else {}
+                self.add_version(connection, VALUES[number % len(VALUES)], **more)
             if self.layout == "paperclip":
                 self._plant_elsewhere(connection)
 

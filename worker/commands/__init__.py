@@ -7,7 +7,7 @@ import click
 
 def all_commands() -> list[click.Command]:
     """Every top-level command, in the order `--help` teaches them."""
-    from worker.commands import database, demo, holds, jobs, liveness, policy, receipts, runs, services
+    from worker.commands import database, demo, holds, jobs, keys, liveness, policy, receipts, runs, services
 
     return [
         demo.demo,
@@ -18,6 +18,7 @@ def all_commands() -> list[click.Command]:
         receipts.receipts,
         policy.policy,
         holds.holds,
+        keys.keys,
         services.schedule,
         services.metrics,
         database.db,

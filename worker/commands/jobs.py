@@ -114,15 +114,15 @@ def _rehearse_command(job: type[Job]) -> click.Command:
 
 def _run_command(job: type[Job]) -> click.Command:
     def callback(**given: Any) -> int:
-        return _run(_build(job, given), **{name: given[name] for name in _RUN_OPTIONS})
+        return start(_build(job, given), **{name: given[name] for name in _RUN_OPTIONS})
 
-    return _command(job, callback, _run_options())
+    return _command(job, callback, run_options())
 
 
 _RUN_OPTIONS = ("inline", "detach", "yes", "approved", "reason", "actor", "as_json")
 
 
-def _run_options() -> list[click.Option]:
+def run_options() -> list[click.Option]:
     return [
         click.Option(["--inline"], is_flag=True, help="Work in this process, without a broker."),
         click.Option(["--detach"], is_flag=True, help="Enqueue, print the run's id and leave."),
@@ -137,7 +137,7 @@ def _run_options() -> list[click.Option]:
     ]
 
 
-def _run(
+def start(
     job: Job,
     *,
     inline: bool,

@@ -1,0 +1,87 @@
+"""The end of old master keys that rotations left under seal. See docs/rotate-master-key.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from tasks.rotate_master_key import RotateMasterKey
+from worker.job import Batch, Job, Plan, Right, Shard, Tally, Target, Verdict
+from worker.params import param, to_json
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from worker.layouts.model import Layout
+    from worker.means import Means
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetireMasterKey(Job):
+    """Destroy old master keys under seal whose time is over, once nothing in the database is left under them.
+
+    Afterwards no rollback to them is possible, and backups made under them need a copy of the key from elsewhere.
+    """
+
+    name = "retire-master-key"
+    action = "maintenance.master_key_retired"
+    read_committed = True
+
+    key: str | None = param(None, metavar="FINGERPRINT", help="This old key, though its time is not over.")
+
+    @property
+    def subject(self) -> str:
+        return self.key or "master key"
+
+    @property
+    def exclusion(self) -> str:
+        return "master-key"
+
+    def needs(self, layout: Layout) -> Iterable[sa.Table]:
+        for carrier in layout.carriers:
+            yield from (carrier.table, *carrier.reads)
+
+    @classmethod
+    def rights(cls, layout: Layout) -> Iterable[Right]:
+        return RotateMasterKey.rights(layout)
+
+    def check(self, means: Means) -> None:
+        means.retiring(self.key).require_possible()
+
+    def plan(self, means: Means) -> Plan:
+        targets: list[Target] = []
+        notes = []
+        for rotation, counted in means.retiring(self.key).counted():
+            targets += counted.targets
+            notes.append(
+                f"{rotation.old_key}: replaced by {rotation.new_key} in run {rotation.run_id}, then destroyed"
+            )
+        return Plan(
+            job=self.name,
+            params=to_json(self),
+            layout=means.layout.name,
+            now=means.now,
+            targets=tuple(targets),
+            left=(),
+            notes=tuple(notes) or ("no key under seal is due",),
+        )
+
+    def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:
+        for rotation in means.retiring(self.key).due:
+            spec = {"rotation": str(rotation.run_id)}
+            yield Shard(key=f"sweep:{rotation.old_key}", rows=plan.tally.total.rows, spec=spec)
+
+    def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:  # noqa: ARG002
+        found = means.retiring(self.key).sweep(UUID(shard.spec["rotation"]))
+        return Batch(after={"found": found}, exhausted=not found, spec={"swap": bool(found)})
+
+    def apply(self, means: Means, batch: Batch) -> Tally:
+        return means.retiring(self.key).swap() if batch.spec["swap"] else Tally()
+
+    def verify(self, means: Means) -> Verdict:
+        return means.retiring(self.key).verdict()
+
+    def finish(self, means: Means) -> Mapping[str, Any]:
+        return means.retiring(self.key).destroy()

@@ -1,0 +1,121 @@
+"""How old master keys under seal come to their end: one more sweep over everything, and then the seal is dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from worker import census, keyring, masterkeys
+from worker.ciphertext import Ciphertext
+from worker.errors import Refused
+from worker.job import Finding, Tally, Verdict
+from worker.reseal import Resealer, resealer
+
+if TYPE_CHECKING:
+    from worker.census import Counted
+    from worker.keyring import MasterKey
+    from worker.masterkeys import Rotation
+    from worker.means import Means
+
+
+class Retiring:
+    """The old keys whose time is over as of the run's start, or the one key that was named."""
+
+    def __init__(self, means: Means, key: str | None) -> None:
+        self._means = means
+        self._connection = means.connection
+        self._layout = means.layout
+        self._key = key
+
+    @cached_property
+    def due(self) -> list[Rotation]:
+        """The rotations whose old key is to go, each key once."""
+        held = masterkeys.under_seal(self._connection)
+        if self._key is not None:
+            return [one for one in held if one.old_key == self._key][:1]
+        return [one for one in held if one.retire_after is not None and one.retire_after <= self._means.now]
+
+    @cached_property
+    def _keys(self) -> dict[str, MasterKey]:
+        source = keyring.locate(self._means.settings)
+        found = {source.key.fingerprint: source.key}
+        masterkeys.unseal(self._connection, found)
+        return found
+
+    @cached_property
+    def _current(self) -> MasterKey:
+        return keyring.locate(self._means.settings).key
+
+    def require_possible(self) -> None:
+        """Refused when the named key is under no seal, one is in use, or another would be lost with it."""
+        if self._key is not None and not self.due:
+            raise Refused(f"--key: no key {self._key} is under seal; see `paperclip-worker keys list`")
+        if half := masterkeys.unfinished(self._connection, but=None):
+            raise Refused(f"run {half.run_id} exchanged the key and did not end; resume it, or roll it back first")
+        going = {one.old_key for one in self.due}
+        for one in self.due:
+            if one.old_key == self._current.fingerprint:
+                raise Refused(f"the key {one.old_key} is the one in use; it cannot be retired")
+        for one in masterkeys.under_seal(self._connection):
+            if one.new_key in going and one.old_key not in going:
+                raise Refused(f"the key {one.old_key} is sealed under {one.new_key}; retire {one.old_key} first")
+
+    def _resealer(self, rotation: Rotation) -> Resealer:
+        old = self._keys.get(rotation.old_key)
+        if old is None:
+            raise Refused(
+                f"the key {rotation.old_key} cannot be opened with the one in use, {self._current.fingerprint}"
+            )
+        made_by = next(
+            (o for o in masterkeys.every(self._connection) if o.new_key == self._current.fingerprint), None
+        )
+        salt, rounds = (made_by.salt, made_by.iterations) if made_by else (None, None)
+        return resealer(self._layout.scheme, old, self._current, salt=salt, iterations=rounds)
+
+    def counted(self) -> Iterator[tuple[Rotation, Counted]]:
+        """For each key what is still sealed with it."""
+        for one in self.due:
+            yield one, census.count(self._connection, self._layout, self._resealer(one), new_first=True)
+
+    def sweep(self, run: UUID) -> int:
+        """Make ready, under the key in use, what is still under `run`'s old key; how many rows."""
+        found = 0
+        for one in (rotation for rotation in self.due if rotation.run_id == run):
+            for _, ciphertext in self._each():
+                taken = ciphertext.take(self._run, ciphertext.within(0, None), self._resealer(one), again=True)
+                found += taken.ready
+        return found
+
+    def swap(self) -> Tally:
+        """Put what the sweep made ready in its place."""
+        return sum((ciphertext.swap(self._run) for _, ciphertext in self._each()), Tally())
+
+    def verdict(self) -> Verdict:
+        """Whether nothing at all is left under the keys that go."""
+        findings = tuple(
+            Finding(table=one.table, company=one.company, rows=one.rows, what=f"still under {rotation.old_key}")
+            for rotation, counted in self.counted()
+            for one in counted.targets
+        )
+        return Verdict(findings=findings, left=())
+
+    def destroy(self) -> dict[str, Any]:
+        """Drop the seals."""
+        gone = [one.old_key for one in self.due]
+        for one in self.due:
+            masterkeys.destroy(self._connection, one, by=self._run)
+        for _, ciphertext in self._each():
+            ciphertext.clear(self._run)
+        return {"retired": gone}
+
+    def _each(self) -> Iterator[tuple[object, Ciphertext]]:
+        for carrier in self._layout.carriers:
+            yield carrier, Ciphertext(self._connection, carrier, self._layout.scheme)
+
+    @property
+    def _run(self) -> UUID:
+        if self._means.run is None:
+            raise TypeError("this step has no run")
+        return self._means.run
