@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LONGEST = timedelta(days=3650)
 # Discovery and making ready go on side by side; each later stage waits for the one before.
 _READY, _CATCH_UP, _CUT_OVER, _SWEEP = range(4)
-_BETWEEN_SWEEPS = 1.0
+_BETWEEN_SWEEPS = 0.5
 _CLEAN_SWEEPS = 2
 # Two minutes of servers that still write with the old key are no stragglers.
 _MOST_SWEEPS = 120

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from worker.masterkeys import Keys, Rotation
     from worker.means import Means
 
-_WINDOW_BYTES = 12 << 20
 # So many rows written meanwhile are few enough to be made ready while writers wait.
 _FEW = 2_000
 _MOST_ROUNDS = 20
@@ -113,14 +112,14 @@ class Rotating:
         seen = census.sampled(self._connection, self._layout, self._resealer)
         if not (seen.old or seen.new):
             # The first rows may be the ones that a lost key sealed.
-            self._require_counted(self._counted())
+            self._require_counted(self._counted)
 
     def counted_before(self) -> Counted:
         """Every ciphertext by its key. Refused when there is none, or the key in use opens none."""
-        counted = self._counted()
-        self._require_counted(counted)
-        return counted
+        self._require_counted(self._counted)
+        return self._counted
 
+    @cached_property
     def _counted(self) -> Counted:
         return census.count(self._connection, self._layout, self._resealer, new_first=False)
 
@@ -148,7 +147,7 @@ class Rotating:
 
     def begin(self, job: RotateMasterKey) -> Rotating:
         """Open the journal: new key staged beside the old, old key sealed under the new."""
-        counted = self._counted()
+        counted = self._counted
         if counted.total.lost > job.allow_undecryptable:
             raise Refused(
                 f"{counted.total.lost} ciphertexts open with no key (`plan` lists them); "
@@ -183,7 +182,7 @@ class Rotating:
     def ready_shards(self, *, stage: int) -> Iterator[Shard]:
         """Every carrier's table in ranges of blocks whose ciphertext fits in memory."""
         for carrier in self._layout.carriers:
-            for first, end in windows(self._connection, carrier, most=_WINDOW_BYTES):
+            for first, end in windows(self._connection, carrier):
                 spec = {"carrier": carrier.name, "first": first, "end": end}
                 yield Shard(key=f"make-ready:{carrier.name}:{first}", rows=0, spec=spec, stage=stage)
 
@@ -209,7 +208,7 @@ class Rotating:
     def _catch_up(self) -> int:
         horizon = self._journal.horizon
         masterkeys.look_from_here(self._connection, self._run)
-        looks = (one.take(self._run, one.since(horizon), self._resealer, again=True) for _, one in self._each())
+        looks = (one.take(self._run, one.since(horizon), self._resealer) for _, one in self._each())
         return sum(taken.ready for taken in looks)
 
     def claim_cut_over(self, *, manual: bool) -> Batch:
@@ -234,7 +233,7 @@ class Rotating:
     def _make_ready(self, name: str, first: int, end: int | None) -> None:
         for carrier, ciphertext in self._each():
             if carrier.name == name:
-                ciphertext.take(self._run, ciphertext.within(first, end), self._resealer, again=False)
+                ciphertext.take_window(self._run, first, end, self._resealer)
                 return
         raise Refused(f"this release does not know {name}; resume with the release that began the rotation")
 
@@ -264,7 +263,7 @@ class Rotating:
         journal, ready, fresh = self._journal, 0, list[str]()
         for carrier, ciphertext in self._each():
             where = sa.true() if everything else ciphertext.since(journal.horizon, but=journal.cut_over_by)
-            taken = ciphertext.take(self._run, where, self._resealer, again=True)
+            taken = ciphertext.take(self._run, where, self._resealer)
             ready += taken.ready
             fresh += taken.done if carrier.fresh else ()
         if journal.proved_at is None and self._written_by_others(fresh):
