@@ -157,6 +157,7 @@ class Rotating:
         if job.file and self.keys.source.path is not None:
             keyfile.stage(self.keys.source.path, new, masterkeys.staged_name(self._run))
         self._connection.execute(sa.delete(RESEALED))
+        masterkeys.seen(self._connection, self.keys.old.fingerprint, found=counted.total.old, current=True)
         derived = issubclass(CODECS[self._layout.scheme], Pbkdf2)
         masterkeys.begin(
             self._connection,
