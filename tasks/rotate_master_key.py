@@ -96,7 +96,8 @@ class RotateMasterKey(Job):
         for carrier in layout.carriers:
             # The digest of everything else in a row reads all of its columns.
             yield Right(verb="SELECT", table=carrier.table)
-            yield Right(verb="UPDATE", table=carrier.table, columns=(carrier.column.name,))
+            # Of the whole table: PostgreSQL asks for no less of who locks it, though one column is all we change.
+            yield Right(verb="UPDATE", table=carrier.table)
             yield from may_read(carrier.reads)
 
     def check(self, means: Means) -> None:
@@ -129,7 +130,7 @@ class RotateMasterKey(Job):
             yield from rotating.discovery_shards(self.allow_column, stage=_READY)
             yield Shard(key="catch-up", rows=0, spec={}, stage=_CATCH_UP)
             yield Shard(key="cut-over", rows=plan.tally.total.rows, spec={}, stage=_CUT_OVER)
-        # A second sweep looks at everything: what the first did not find may be anywhere.
+        # A second sweep looks at everything once: what the first did not find may be anywhere.
         full = rotating.journal is not None and rotating.journal.cut_over_at is not None
         yield Shard(key="sweep", rows=0, spec={"everything": full}, stage=_SWEEP)
 
@@ -140,13 +141,13 @@ class RotateMasterKey(Job):
         if shard.stage == _CATCH_UP:
             return rotating.claim_catch_up(after)
         if shard.stage == _CUT_OVER:
-            return rotating.claim_cut_over(manual=not self.file)
+            return rotating.claim_cut_over(after, manual=not self.file)
         return self._claim_sweep(rotating, shard, after or {"sweeps": 0, "clean": 0})
 
     def _claim_sweep(self, rotating: Rotating, shard: Shard, after: Mapping[str, Any]) -> Batch:
         if after["sweeps"]:
             time.sleep(_BETWEEN_SWEEPS)
-        found, proved = rotating.sweep(everything=bool(shard.spec["everything"]))
+        found, proved = rotating.sweep(everything=bool(shard.spec["everything"]) and not after["sweeps"])
         clean = 0 if found else after["clean"] + 1
         if after["sweeps"] > _MOST_SWEEPS and found:
             raise Refused(
