@@ -1,7 +1,7 @@
 """Whether what was made ready for a rotation is still all there, and still about the tables as they are.
 
 The table it is in is unlogged: a crash of PostgreSQL, or a standby that takes over, empties it. A rewrite of a
-carrier's table (VACUUM FULL, CLUSTER, pg_repack) moves every row and makes none newer. Either would leave all ciphertext
+carrier's table (VACUUM FULL, CLUSTER, pg_repack) moves every row and makes none newer. Either would leave ciphertext
 unswapped at the cut-over, and no later look at newer rows would find it.
 """
 

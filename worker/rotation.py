@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from worker import census, cutover, discovery, keyfile, keyring, masterkeys, readiness
 from worker.ciphertext import RESEALED, Ciphertext, windows
 from worker.envelopes import CODECS, ITERATIONS, Pbkdf2
-from worker.errors import Contended, Refused, UnderWay, Waits
+from worker.errors import Refused, UnderWay, Waits
 from worker.job import REHEARSAL, Batch, Finding, Shard, Tally, Verdict
 from worker.reseal import Resealer, resealer
 
@@ -234,7 +234,8 @@ class Rotating:
             raise Refused(f"columns this release does not know may hold ciphertext: {named}; see --allow-column")
         if manual and self._journal.permitted_at is None:
             raise Waits(f"ready for the cut-over: stop every server, then `{SWITCH} {self._run}`")
-        # The run may have waited or been stopped for long: nobody should wait for what can be made ready before.
+        # The run may have waited or been stopped for long: nobody should wait for what can be made ready before. From
+        # here on no table can be rewritten, for this look has locked them against that.
         rounds = after["rounds"] + 1 if after else 1
         if self._catch_up() > _FEW and rounds < _MOST_ROUNDS:
             return Batch(after={"rounds": rounds}, exhausted=False)
@@ -262,8 +263,6 @@ class Rotating:
     def _cut_over(self, *, file: bool) -> Tally:
         cutover.hold_off_writers(self._connection, self._layout, seconds=self._means.settings.scan_timeout)
         locked = time.monotonic()
-        if not self._stands():
-            raise Contended("a table with ciphertext was rewritten this moment; its rows are made ready again")
         self._catch_up()
         tally = self._swap()
         waited = cutover.hold_off_readers(self._connection, self._layout)

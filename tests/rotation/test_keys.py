@@ -57,7 +57,7 @@ def test_a_key_whose_time_is_over_goes_and_stragglers_are_swept(vault: Vault) ->
         connection.execute("UPDATE paperclip_worker.rotations SET retire_after = now() - interval '1 minute'")
     result = vault.deployment.json(*RETIRE[:-1])
     assert (result["kept"], result["rows"]) == (True, 1)
-    assert result["receipt"]["facts"]["evidence"]["retired"] == [old]
+    assert result["receipt"]["evidence"]["retired"] == [old]
     assert vault.opened(vault.now) == vault.held
     assert listed(vault)["rotations"][0]["state"] == "retired"
     assert vault.deployment.query("SELECT sealed FROM paperclip_worker.rotations") == [(None,)]
