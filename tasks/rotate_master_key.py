@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 _LONGEST = timedelta(days=3650)
 # Discovery and making ready go on side by side; each later stage waits for the one before.
 _READY, _CATCH_UP, _CUT_OVER, _SWEEP = range(4)
-_BETWEEN_SWEEPS = 1.0
-_CLEAN_SWEEPS = 2
+# What a server was about to write comes at once, and nobody can read it until it is swept: first looks follow quickly,
+# and the rests between clean ones add up to a second.
+_REST = 0.1
+_QUICK_SWEEPS = 20
+_CLEAN_SWEEPS = 5
 # Two minutes of servers that still write with the old key are no stragglers.
-_MOST_SWEEPS = 120
+_MOST_SWEEPS = 140
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +149,7 @@ class RotateMasterKey(Job):
 
     def _claim_sweep(self, rotating: Rotating, shard: Shard, after: Mapping[str, Any]) -> Batch:
         if after["sweeps"]:
-            time.sleep(_BETWEEN_SWEEPS)
+            time.sleep(_REST * (after["clean"] + 1) if after["sweeps"] < _QUICK_SWEEPS else 1.0)
         found, proved = rotating.sweep(everything=bool(shard.spec["everything"]) and not after["sweeps"])
         clean = 0 if found else after["clean"] + 1
         if after["sweeps"] > _MOST_SWEEPS and found:

@@ -38,6 +38,8 @@ class Seen:
     late: int = 0
     reads: int = 0
     unread: list[float] = field(default_factory=list)
+    # Of those, reads that began before the key was another.
+    torn: int = 0
     errors: list[str] = field(default_factory=list)
 
     def add(self, other: Seen) -> None:
@@ -47,6 +49,7 @@ class Seen:
         self.late += other.late
         self.reads += other.reads
         self.unread += other.unread
+        self.torn += other.torn
         self.errors += other.errors
 
 
@@ -140,19 +143,23 @@ def _rewrite(vault: Vault, connection: psycopg.Connection[Any], rng: random.Rand
 
 _QUERIES = (
     "SELECT material FROM company_secret_versions WHERE material->>'scheme' = 'local_encrypted_v1' "
-    "ORDER BY random() LIMIT 5",
-    "SELECT value_ciphertext FROM company_secret_proposals WHERE value_ciphertext IS NOT NULL LIMIT 5",
-    "SELECT context_snapshot FROM heartbeat_runs WHERE context_snapshot ? 'paperclipSecretRedactions' LIMIT 5",
+    "ORDER BY random() LIMIT 10",
+    "SELECT value_ciphertext FROM company_secret_proposals WHERE value_ciphertext IS NOT NULL LIMIT 10",
+    "SELECT context_snapshot FROM heartbeat_runs WHERE context_snapshot ? 'paperclipSecretRedactions' LIMIT 10",
 )
 
 
 def _read(vault: Vault, connection: psycopg.Connection[Any], rng: random.Random, seen: Seen) -> None:
     """Rows, then the key file for each of their values, as the server does it."""
+    before = keyring.read(vault.file)
     rows = connection.execute(rng.choice(_QUERIES)).fetchall()
     for (value,) in rows:
         for envelope in envelopes(value, "local_encrypted_v1"):
             seen.reads += 1
+            # A list of many takes a server a while, and it reads the file for each.
+            time.sleep(0.002)
             try:
-                codec("paperclip", keyring.read(vault.file)).open(envelope)
+                codec("paperclip", key := keyring.read(vault.file)).open(envelope)
             except (WrongKey, Damaged):
                 seen.unread.append(time.time())
+                seen.torn += key != before
