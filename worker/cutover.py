@@ -6,7 +6,7 @@ anything else is done with the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
@@ -18,20 +18,26 @@ if TYPE_CHECKING:
     from worker.layouts.model import Layout
     from worker.masterkeys import Keys, Rotation
 
-# How long writers may queue behind us for the lock, and then readers for the moment of the switch.
-_WRITERS = "5s"
-_READERS = "500ms"
+# How long we may wait for the locks. Always less than PostgreSQL lets a transaction wait before it looks for a
+# deadlock: one of the app's must never be ended for ours.
+_WRITERS = 5.0
+_READERS = 0.5
+_PART = 0.8
 _NOT_AVAILABLE = "55P03"
+# What was read before readers had to wait is opened meanwhile, with the old key. Measured: see test_writers.py.
+_OPENED = 0.05
 
 
 def settle_file(keys: Keys, journal: Rotation) -> None:
     """Put the old key back where a cut-over renamed the file and then did not commit. Safe to repeat."""
     path = keys.source.path
-    if journal.cut_over_at is not None or path is None or keys.new is None or keys.source.key != keys.new:
+    if path is None or keys.new is None:
         return
-    staged = keyfile.stage(path, keys.old, f"{journal.staged}-old")
-    keyfile.swap(path, staged, expected=keys.new)
-    keyfile.unstage(staged)
+    aside = f"{journal.staged}-old"
+    if journal.cut_over_at is None and keys.source.key == keys.new:
+        keyfile.swap(path, keyfile.stage(path, keys.old, aside), expected=keys.new)
+    # Also what was left by one that was killed here.
+    keyfile.unstage(keyfile.staged_path(path, aside))
 
 
 def swap_file(keys: Keys, journal: Rotation) -> None:
@@ -42,36 +48,68 @@ def swap_file(keys: Keys, journal: Rotation) -> None:
 
 
 def hold_off_writers(connection: sa.Connection, layout: Layout, *, seconds: float) -> None:
-    """Lock everything with ciphertext against writers, parents first as the app does; wait for those in flight."""
-    _set(connection, "lock_timeout", _WRITERS)
+    """Lock everything with ciphertext against writers and wait for those in flight, for `seconds` of work at most.
+
+    Raises the driver's lock timeout when they take longer than a part of PostgreSQL's deadlock_timeout.
+    """
     _set(connection, "statement_timeout", f"{round(seconds * 1000)}ms")
-    tables = [*layout.locked_first, *(one.table for one in layout.carriers)]
-    connection.exec_driver_sql(f"LOCK TABLE {_names(connection, tables)} IN SHARE ROW EXCLUSIVE MODE")
+    # EXCLUSIVE also waits for rows locked to be updated, which would hold up our updates and could never be theirs.
+    _lock(connection, layout, "EXCLUSIVE", seconds=min(_WRITERS, _PART * _deadlock_timeout(connection)))
 
 
 def hold_off_readers(connection: sa.Connection, layout: Layout) -> bool:
     """Let readers wait from the rename to the commit, when old ciphertext would meet the new key.
 
     Where one reads for long (a dump does), that must not hold up the cut-over: False, and what reads in that moment
-    fails. Given up sooner than PostgreSQL looks for deadlocks, so that no transaction of the app is ended for ours.
+    fails.
     """
+    # Those already wait for us, and their look for a deadlock may come while we wait for them.
+    if connection.execute(_WOULD_DEADLOCK, {"names": list(_names(connection, layout))}).scalar_one():
+        return False
     savepoint = connection.begin_nested()
     try:
-        _set(connection, "lock_timeout", _READERS)
-        names = _names(connection, (one.table for one in layout.carriers))
-        connection.exec_driver_sql(f"LOCK TABLE {names} IN ACCESS EXCLUSIVE MODE")
+        _lock(
+            connection, layout, "ACCESS EXCLUSIVE", seconds=min(_READERS, _PART / 2 * _deadlock_timeout(connection))
+        )
     except exc.DBAPIError as error:
         savepoint.rollback()
         if getattr(error.orig, "sqlstate", None) != _NOT_AVAILABLE:
             raise
         return False
     savepoint.commit()
+    time.sleep(_OPENED)
     return True
 
 
-def _names(connection: sa.Connection, tables: Iterable[sa.Table]) -> str:
+_WOULD_DEADLOCK = sa.text(
+    """
+    SELECT EXISTS (
+        SELECT FROM pg_locks held JOIN pg_locks wanted ON wanted.pid = held.pid AND NOT wanted.granted
+        WHERE held.granted AND held.locktype = 'relation' AND held.pid <> pg_backend_pid()
+          AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+          AND held.relation = ANY (CAST(CAST(:names AS text[]) AS regclass[]))
+    )
+    """
+)
+
+
+def _lock(connection: sa.Connection, layout: Layout, mode: str, *, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    for name in _names(connection, layout):
+        # Zero would be no limit at all.
+        left = max(1, round((until - time.monotonic()) * 1000))
+        _set(connection, "lock_timeout", f"{left}ms")
+        connection.exec_driver_sql(f"LOCK TABLE {name} IN {mode} MODE")
+
+
+def _deadlock_timeout(connection: sa.Connection) -> float:
+    query = sa.text("SELECT setting::float8 / 1000 FROM pg_settings WHERE name = 'deadlock_timeout'")
+    return float(connection.execute(query).scalar_one())
+
+
+def _names(connection: sa.Connection, layout: Layout) -> dict[str, None]:
     quote = connection.dialect.identifier_preparer.format_table
-    return ", ".join(dict.fromkeys(quote(table) for table in tables))
+    return dict.fromkeys(quote(one.table) for one in layout.carriers)
 
 
 def _set(connection: sa.Connection, name: str, value: str) -> None:

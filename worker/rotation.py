@@ -16,7 +16,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import census, cutover, discovery, keyfile, keyring, masterkeys
+from worker import census, cutover, discovery, keyfile, keyring, masterkeys, readiness
 from worker.ciphertext import RESEALED, Ciphertext, windows
 from worker.envelopes import CODECS, ITERATIONS, Pbkdf2
 from worker.errors import Refused, UnderWay, Waits
@@ -45,12 +45,14 @@ SWITCH = "paperclip-worker keys switch"
 class Rotating:
     """One rotation, in one transaction."""
 
-    def __init__(self, means: Means, keys: Keys, journal: Rotation | None) -> None:
+    def __init__(self, means: Means, keys: Keys, journal: Rotation | None, *, file: bool) -> None:
         self._means = means
         self._connection = means.connection
         self._layout = means.layout
         self.keys = keys
         self.journal = journal
+        # Whether the key file is ours to replace: with a manual cut-over it is the operator's.
+        self._file = file
 
     @classmethod
     def of(cls, means: Means, job: RotateMasterKey) -> Rotating:
@@ -58,15 +60,15 @@ class Rotating:
         journal = masterkeys.of(means.connection, means.run)
         if journal is not None:
             keys = masterkeys.journalled(means, journal, new_key_file=job.new_key_file)
-            return cls(means, keys, journal)
+            return cls(means, keys, journal, file=job.file)
         source = keyring.locate(means.settings)
         if job.rollback is not None:
             parent = masterkeys.of(means.connection, job.rollback)
-            return cls(means, masterkeys.returning(source, parent, job.rollback), None)
+            return cls(means, masterkeys.returning(source, parent, job.rollback), None, file=job.file)
         new = keyring.read(Path(job.new_key_file)) if job.new_key_file is not None else None
         if new is None and means.run == REHEARSAL:
             new = keyring.generate()
-        return cls(means, masterkeys.Keys(old=source.key, new=new, source=source), None)
+        return cls(means, masterkeys.Keys(old=source.key, new=new, source=source), None, file=job.file)
 
     @cached_property
     def _resealer(self) -> Resealer:
@@ -170,7 +172,9 @@ class Rotating:
             sealed=keyring.seal_key(self.keys.old, under=new),
             envelopes={"before": counted.to_json()},
         )
-        return Rotating(self._means, replace(self.keys, new=new), masterkeys.of(self._connection, self._run))
+        readiness.mark(self._connection, self._layout, self._run)
+        journal = masterkeys.of(self._connection, self._run)
+        return Rotating(self._means, replace(self.keys, new=new), journal, file=self._file)
 
     def _generated(self) -> MasterKey:
         """A new key; the one an interrupted start has staged already."""
@@ -207,20 +211,35 @@ class Rotating:
         return Batch(after={"rounds": rounds, "ready": ready}, exhausted=ready <= _FEW or rounds >= _MOST_ROUNDS)
 
     def _catch_up(self) -> int:
-        horizon = self._journal.horizon
+        """Make ready what was written since the last look; everything, where what was ready no longer stands."""
+        journal, everything = masterkeys.of(self._connection, self._run) or self._journal, not self._stands()
         masterkeys.look_from_here(self._connection, self._run)
-        looks = (one.take(self._run, one.since(horizon), self._resealer) for _, one in self._each())
-        return sum(taken.ready for taken in looks)
+        if everything:
+            readiness.mark(self._connection, self._layout, self._run)
+        ready = 0
+        for _, one in self._each():
+            where = sa.true() if everything else one.since(journal.horizon)
+            ready += one.take(self._run, where, self._resealer).ready
+        return ready
 
-    def claim_cut_over(self, *, manual: bool) -> Batch:
+    def _stands(self) -> bool:
+        return readiness.stands(self._connection, self._layout, self._run)
+
+    def claim_cut_over(self, after: Mapping[str, Any] | None, *, manual: bool) -> Batch:
         """Refused when unknown columns hold ciphertext. Raises Waits until an operator permits a manual cut-over."""
-        cutover.settle_file(self.keys, self._journal)
+        if self._file:
+            cutover.settle_file(self.keys, self._journal)
         if found := discovery.found(self._connection, self._run):
             named = ", ".join(f"{column} ({number})" for column, number in sorted(found.items()))
             raise Refused(f"columns this release does not know may hold ciphertext: {named}; see --allow-column")
         if manual and self._journal.permitted_at is None:
             raise Waits(f"ready for the cut-over: stop every server, then `{SWITCH} {self._run}`")
-        return Batch(after={"done": True}, exhausted=True, spec={"cut over": True})
+        # The run may have waited or been stopped for long: nobody should wait for what can be made ready before. From
+        # here on no table can be rewritten, for this look has locked them against that.
+        rounds = after["rounds"] + 1 if after else 1
+        if self._catch_up() > _FEW and rounds < _MOST_ROUNDS:
+            return Batch(after={"rounds": rounds}, exhausted=False)
+        return Batch(after={"rounds": rounds}, exhausted=True, spec={"cut over": True})
 
     def apply(self, batch: Batch, *, file: bool) -> Tally:
         """Make a range ready, cut over, or swap what a sweep found."""
@@ -262,11 +281,18 @@ class Rotating:
     def sweep(self, *, everything: bool) -> tuple[int, bool]:
         """Make ready what came with the old key after all; rows found, and whether a server has used the new key."""
         journal, ready, fresh = self._journal, 0, list[str]()
+        lost = not self._stands()
+        if lost:
+            # Which rows were ours is forgotten: only what comes from here on can prove anything.
+            masterkeys.look_from_here(self._connection, self._run)
+            readiness.mark(self._connection, self._layout, self._run)
         for carrier, ciphertext in self._each():
-            where = sa.true() if everything else ciphertext.since(journal.horizon, but=journal.cut_over_by)
-            taken = ciphertext.take(self._run, where, self._resealer)
+            newer = ciphertext.since(journal.horizon, but=journal.cut_over_by)
+            taken = ciphertext.take(self._run, sa.true() if everything or lost else newer, self._resealer)
             ready += taken.ready
             fresh += taken.done if carrier.fresh else ()
+        if everything or lost:
+            return ready, journal.proved_at is not None
         if journal.proved_at is None and self._written_by_others(fresh):
             masterkeys.note(self._connection, self._run, proved_at=sa.func.clock_timestamp())
             return ready, True
@@ -311,9 +337,14 @@ class Rotating:
 
     def evidence(self) -> dict[str, Any]:
         """What the receipt says: fingerprints, counts and times. Puts a half-exchanged file right."""
+        path = self.keys.source.path
         if self.journal is None:
+            # No journal, no use for what was staged: nothing is sealed with it.
+            if self._file and path is not None:
+                keyfile.unstage(keyfile.staged_path(path, masterkeys.staged_name(self._run)))
             return {}
-        cutover.settle_file(self.keys, self.journal)
+        if self._file:
+            cutover.settle_file(self.keys, self.journal)
         return masterkeys.evidence(self.journal)
 
     def finish(self, retire_after: timedelta) -> dict[str, Any]:

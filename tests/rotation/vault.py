@@ -15,6 +15,7 @@ import psycopg
 from psycopg import sql
 
 from tests.conftest import Deployment
+from tests.faults.evidence import wait
 from worker import keyring, layouts
 from worker.envelopes import CODECS, Codec, Damaged, LocalEncrypted, Pbkdf2, WrongKey
 from worker.keyring import MasterKey
@@ -171,6 +172,12 @@ class Vault:
 
     def connect(self) -> psycopg.Connection[Any]:
         return psycopg.connect(self.deployment.environment["DATABASE_URL"])
+
+    def wait_for_nobody(self) -> None:
+        """Wait until PostgreSQL has noticed that a worker is dead."""
+        query = "SELECT count(*) = 0 FROM pg_stat_activity WHERE application_name = %s AND state <> 'idle' "
+        query += "AND datname = current_database()"
+        wait(lambda: self.deployment.query(query, "paperclip-worker")[0][0])
 
     def opened(self, *keys: MasterKey) -> dict[tuple[str, str], Counter[str]]:
         """Every row's plaintexts, each of which exactly one of the keys opens."""

@@ -181,10 +181,9 @@ class Layout:
     logs: Mapping[str, LogTable]
     tasks: TaskTable
     subjects: Mapping[str, Subject]
-    # The scheme of ciphertext of the master key, where it is, and what the app locks before all of that.
+    # The scheme of ciphertext of the master key, and where it is.
     scheme: str
     carriers: tuple[Carrier, ...]
-    locked_first: tuple[sa.Table, ...]
     # Tables whose presence tells this layout from the others.
     landmarks: tuple[sa.Table, ...]
     record_activity: Callable[[Activity], sa.Insert]

@@ -93,7 +93,6 @@ GUIDE = Layout(
     },
     scheme="pbkdf2_aes_256_gcm_v1",
     carriers=(_MATERIAL,),
-    locked_first=(_SECRETS,),
     landmarks=(COMPANIES, TASKS, USERS, ACTIVITY),
     record_activity=record_activity(ACTIVITY, details="metadata", at="timestamp"),
 )

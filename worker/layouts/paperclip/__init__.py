@@ -9,7 +9,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from worker.layouts import catalogue
 from worker.layouts.model import Keep, Layout, LogTable, Subject, record_activity
-from worker.layouts.paperclip.carriers import CARRIERS, SCHEME, SECRETS
+from worker.layouts.paperclip.carriers import CARRIERS, SCHEME
 from worker.layouts.paperclip.tables import (
     COMPANIES,
     EFFECTS,
@@ -154,7 +154,6 @@ PAPERCLIP = Layout(
     },
     scheme=SCHEME,
     carriers=CARRIERS,
-    locked_first=(SECRETS,),
     landmarks=(COMPANIES, ISSUES, RUNS, ACTIVITY),
     record_activity=record_activity(
         ACTIVITY, details="details", at="created_at", entity_type="company", entity_id="company_id"

@@ -1,0 +1,232 @@
+"""A worker killed at every step of a rotation: the run goes on, and at no moment is a key or a value lost."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from tasks.rotate_master_key import RotateMasterKey
+from tests.faults.evidence import check_anchored, complete
+from tests.rotation.vault import Vault
+from worker import audit, config, cutover, discovery, keyfile, ledger, logs, masterkeys
+from worker.ciphertext import Ciphertext
+from worker.keyring import MasterKey
+from worker.operations import Operations
+from worker.rotation import Rotating
+
+pytestmark = pytest.mark.faults
+
+# Where to die: owner and name of a function, which call of it, and when: before it, after it, or at the commit
+# that follows it, before PostgreSQL hears of it or once it has answered.
+BEFORE, AFTER, UNCOMMITTED, COMMITTED = "before", "after", "uncommitted", "committed"
+Step = tuple[Any, str, int, str]
+BEGIN: dict[str, Step] = {
+    "new key being staged": (keyfile, "_write_new", 1, AFTER),
+    "new key staged, no journal": (masterkeys, "begin", 1, BEFORE),
+    "journal written": (masterkeys, "begin", 1, UNCOMMITTED),
+    "laid out": (ledger, "add_shards", 1, COMMITTED),
+}
+READY: dict[str, Step] = {
+    "read, nothing made ready": (Ciphertext, "_put", 1, BEFORE),
+    "made ready": (Ciphertext, "_put", 1, AFTER),
+    "made ready, uncommitted": (Rotating, "_make_ready", 1, UNCOMMITTED),
+    "made ready, committed": (Rotating, "_make_ready", 1, COMMITTED),
+    "before a look elsewhere": (discovery, "claim", 2, BEFORE),
+    "after a look elsewhere": (discovery, "claim", 2, COMMITTED),
+    "in the catch-up": (Rotating, "claim_catch_up", 1, AFTER),
+    "after the catch-up": (Rotating, "claim_catch_up", 1, COMMITTED),
+}
+CUT_OVER: dict[str, Step] = {
+    "writers wait": (cutover, "hold_off_writers", 1, AFTER),
+    "swapped": (Rotating, "_swap", 1, AFTER),
+    "readers wait": (cutover, "hold_off_readers", 1, AFTER),
+    "noted": (cutover, "swap_file", 1, BEFORE),
+    "new key file written, not renamed": (keyfile, "_write_new", 2, AFTER),
+}
+RENAMED: dict[str, Step] = {
+    "renamed": (keyfile, "_write", 2, AFTER),
+    "renamed, uncommitted": (cutover, "swap_file", 1, UNCOMMITTED),
+}
+LATER: dict[str, Step] = {
+    "cut over": (cutover, "swap_file", 1, COMMITTED),
+    "in the first sweep": (Rotating, "sweep", 1, AFTER),
+    "after the second sweep": (Rotating, "sweep", 2, COMMITTED),
+    "before verify": (RotateMasterKey, "verify", 1, BEFORE),
+    "verified": (RotateMasterKey, "verify", 1, COMMITTED),
+    "finishing, staged key there": (RotateMasterKey, "finish", 1, BEFORE),
+    "finishing, staged key gone": (RotateMasterKey, "finish", 1, AFTER),
+    "receipt written": (audit, "append", 1, UNCOMMITTED),
+    "settled": (audit, "append", 1, COMMITTED),
+}
+# While what a killed cut-over did to the file is undone.
+SETTLE: dict[str, Step] = {
+    "old key staged": (keyfile, "stage", 1, AFTER),
+    "old key file written, not renamed": (keyfile, "_write_new", 2, AFTER),
+    "old key back": (keyfile, "swap", 1, AFTER),
+}
+STEPS = BEGIN | READY | CUT_OVER | RENAMED | LATER | SETTLE
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _wrap(owner: Any, name: str, before: Callable[[], None], after: Callable[[], None]) -> None:
+    original = getattr(owner, name)
+
+    def wrapper(*arguments: Any, **named: Any) -> Any:
+        before()
+        found = original(*arguments, **named)
+        after()
+        return found
+
+    setattr(owner, name, wrapper)
+
+
+def arm(step: str) -> None:
+    """Make this process die at the step."""
+    owner, name, number, when = STEPS[step]
+    calls = 0
+
+    def enter() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number and when == BEFORE:
+            _die()
+
+    def at(moment: str) -> Callable[[], None]:
+        def perhaps() -> None:
+            if calls >= number and when == moment:
+                _die()
+
+        return perhaps
+
+    _wrap(owner, name, enter, at(AFTER))
+    _wrap(psycopg.Connection, "commit", at(UNCOMMITTED), at(COMMITTED))
+
+
+def _work(step: str, run: UUID, environment: Mapping[str, str]) -> None:
+    logs.silence()
+    os.environ.update(environment)
+    arm(step)
+    Operations(config.load()).runner().work(run, seconds=math.inf)
+
+
+def work_and_die(vault: Vault, step: str, run: UUID) -> None:
+    """Let a worker process work on the run until it is killed at the step."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_work, args=(step, run, dict(vault.deployment.environment)))
+    process.start()
+    process.join(60)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    process.close()
+    assert code == -signal.SIGKILL, f"{step}: ended with {code}"
+
+
+def begin(vault: Vault) -> UUID:
+    return vault.deployment.operations.start(RotateMasterKey(generate=True), actor="tester", via="test")
+
+
+def staged(vault: Vault, run: UUID) -> MasterKey | None:
+    """The generated key beside the key file."""
+    path = keyfile.staged_path(vault.file, masterkeys.staged_name(run))
+    return keyring.read(path) if path.exists() else None
+
+
+def cut_over(vault: Vault) -> bool:
+    """Whether the database says that the new key is the one."""
+    return bool(vault.deployment.query("SELECT count(cut_over_at) FROM paperclip_worker.rotations")[0][0])
+
+
+def check_kept(vault: Vault, run: UUID, rest: dict[str, list[Any]]) -> None:
+    """The rotation kept its promise, and nothing tells of the kill."""
+    result = vault.deployment.operations.result(run)
+    assert result["state"] == "kept", result
+    assert vault.now != vault.key
+    assert vault.opened(vault.now) == vault.held
+    assert vault.rest() == rest
+    assert [one.name for one in vault.file.parent.iterdir()] == ["master.key"]
+    assert result["rows"] == len(vault.held)
+    assert vault.deployment.query("SELECT count(*) FROM paperclip_worker.resealed") == [(0,)]
+    check_anchored(vault.deployment)
+
+
+@pytest.mark.parametrize("step", [*BEGIN, *READY, *CUT_OVER, *RENAMED, *LATER])
+def test_killed_at_any_step_a_rotation_goes_on(released_vault: Vault, step: str) -> None:
+    """At the kill, file and database agree, but right after the rename; a generated key is the same afterwards."""
+    vault = released_vault
+    rest, run = vault.rest(), begin(vault)
+    work_and_die(vault, step, run)
+    vault.wait_for_nobody()
+    new = staged(vault, run)
+    assert (vault.now != vault.key) is (cut_over(vault) or step in RENAMED)
+    assert vault.opened(*{vault.key, vault.now, new or vault.now}) == vault.held
+    complete(vault.deployment.operations, run)
+    assert new in {None, vault.now}
+    check_kept(vault, run, rest)
+
+
+@pytest.mark.parametrize("step", ["made ready, committed", "renamed", "cut over", "finishing, staged key gone"])
+def test_on_each_layout(vault: Vault, step: str) -> None:
+    rest, run = vault.rest(), begin(vault)
+    work_and_die(vault, step, run)
+    complete(vault.deployment.operations, run)
+    check_kept(vault, run, rest)
+
+
+@pytest.mark.parametrize("step", RENAMED)
+def test_a_run_stopped_instead_has_its_old_key_back(released_vault: Vault, step: str) -> None:
+    """Killed between the rename and the commit, then not resumed: what is in the database opens again."""
+    vault = released_vault
+    rest, run = vault.rest(), begin(vault)
+    work_and_die(vault, step, run)
+    vault.wait_for_nobody()
+    assert vault.now != vault.key
+    vault.deployment.cli("runs", "stop", str(run))
+    assert vault.deployment.operations.find(str(run)).state.value == "stopped"
+    assert vault.now == vault.key
+    assert vault.opened(vault.now) == vault.held
+    names = sorted(one.name for one in vault.file.parent.iterdir())
+    assert names == ["master.key", masterkeys.staged_name(run)]
+    new = staged(vault, run)
+    vault.deployment.cli("runs", "resume", str(run), "--inline")
+    assert vault.now == new
+    check_kept(vault, run, rest)
+
+
+@pytest.mark.parametrize("step", SETTLE)
+def test_killed_again_while_the_old_key_is_put_back(released_vault: Vault, step: str) -> None:
+    vault = released_vault
+    rest, run = vault.rest(), begin(vault)
+    work_and_die(vault, "renamed, uncommitted", run)
+    vault.wait_for_nobody()
+    work_and_die(vault, step, run)
+    vault.wait_for_nobody()
+    assert not cut_over(vault)
+    complete(vault.deployment.operations, run)
+    check_kept(vault, run, rest)
+
+
+@pytest.mark.parametrize("step", ["new key staged, no journal", "journal written"])
+def test_stopped_before_there_is_a_journal_no_key_is_left(released_vault: Vault, step: str) -> None:
+    vault = released_vault
+    rest, run = vault.rest(), begin(vault)
+    work_and_die(vault, step, run)
+    vault.wait_for_nobody()
+    assert staged(vault, run) is not None
+    vault.deployment.cli("runs", "stop", str(run))
+    assert [one.name for one in vault.file.parent.iterdir()] == ["master.key"]
+    assert vault.opened(vault.now) == vault.held
+    vault.deployment.cli("runs", "resume", str(run), "--inline")
+    check_kept(vault, run, rest)
