@@ -16,7 +16,7 @@ import pytest
 from tasks.rotate_master_key import RotateMasterKey
 from tests.faults.evidence import check_anchored, complete
 from tests.rotation.vault import Vault
-from worker import audit, config, cutover, discovery, keyfile, ledger, logs, masterkeys
+from worker import audit, config, cutover, discovery, keyfile, keyring, ledger, logs, masterkeys
 from worker.ciphertext import Ciphertext
 from worker.keyring import MasterKey
 from worker.operations import Operations
@@ -39,8 +39,8 @@ READY: dict[str, Step] = {
     "made ready": (Ciphertext, "_put", 1, AFTER),
     "made ready, uncommitted": (Rotating, "_make_ready", 1, UNCOMMITTED),
     "made ready, committed": (Rotating, "_make_ready", 1, COMMITTED),
-    "before a look elsewhere": (discovery, "claim", 2, BEFORE),
-    "after a look elsewhere": (discovery, "claim", 2, COMMITTED),
+    "before a look elsewhere": (discovery, "claim", 1, BEFORE),
+    "after a look elsewhere": (discovery, "claim", 1, COMMITTED),
     "in the catch-up": (Rotating, "claim_catch_up", 1, AFTER),
     "after the catch-up": (Rotating, "claim_catch_up", 1, COMMITTED),
 }
