@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from worker.layouts.model import Carrier
 
 _SPOOL = 16 << 20
-_DIGESTLESS = ("json", "xml")
+# Of these kinds of types some have no hash (json, xml, tsvector, point), so they are hashed as text.
+_MAYBE_HASHLESS = frozenset("UGA")
+_HASHED = frozenset({"uuid", "jsonb", "bytea", "_text", "_uuid"})
 
 
 class _Xid(sa.types.UserDefinedType[str]):
@@ -62,7 +64,7 @@ _VERSION: sa.ColumnClause[Any] = sa.column("xmin", _Xid())
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """What a look found: envelopes by key, rows made ready, and the keys of rows that need nothing."""
+    """What a look found: envelopes by key, rows made ready, and the keys of rows all under the new key."""
 
     census: Census
     ready: int = 0
@@ -128,10 +130,10 @@ class Ciphertext:
         """A digest of every other column of a row."""
         prepare = self._connection.dialect.identifier_preparer
         table, terms = prepare.format_table(self._carrier.table), []
-        for name, kind in _columns(self._connection, self._carrier.table):
+        for name, kind, category in _columns(self._connection, self._carrier.table):
             if name != self._carrier.column.name:
                 cell = f"{table}.{prepare.quote(name)}"
-                terms.append(f"{cell}::text" if kind in _DIGESTLESS else cell)
+                terms.append(f"{cell}::text" if category in _MAYBE_HASHLESS and kind not in _HASHED else cell)
         return sa.literal_column(f"hash_record_extended(ROW({', '.join(terms)}), 0)")
 
     # -- making ready -------------------------------------------------------------------------------
@@ -150,8 +152,10 @@ class Ciphertext:
                 if value is not None:
                     ready += 1
                     spool.write(b"%b%b\x02%b\x02%b\x02%b\x02%b\n" % (prefix, key, place, version, rest, value))
-                if again:
-                    (done if value is None else taken).append(key.decode())
+                if again and value is not None:
+                    taken.append(key.decode())
+                elif again and one.new and not one.lost:
+                    done.append(key.decode())
             self._forget(run, taken)
             spool.seek(0)
             self._put(spool)
@@ -227,15 +231,16 @@ def _of(table: sa.Table, column: sa.ColumnClause[Any]) -> sa.ColumnElement[Any]:
 
 _COLUMNS = sa.text(
     """
-    SELECT attname, typname FROM pg_catalog.pg_attribute JOIN pg_catalog.pg_type ON pg_type.oid = atttypid
+    SELECT attname, typname, typcategory::text
+    FROM pg_catalog.pg_attribute JOIN pg_catalog.pg_type ON pg_type.oid = atttypid
     WHERE attrelid = CAST(:name AS regclass) AND attnum > 0 AND NOT attisdropped ORDER BY attnum
     """
 )
 
 
-def _columns(connection: sa.Connection, table: sa.Table) -> list[tuple[str, str]]:
+def _columns(connection: sa.Connection, table: sa.Table) -> list[tuple[str, str, str]]:
     quoted = connection.dialect.identifier_preparer.format_table(table)
-    return [(row[0], row[1]) for row in connection.execute(_COLUMNS, {"name": quoted})]
+    return [(row[0], row[1], row[2]) for row in connection.execute(_COLUMNS, {"name": quoted})]
 
 
 def windows(connection: sa.Connection, carrier: Carrier, *, most: int) -> list[tuple[int, int | None]]:

@@ -25,7 +25,10 @@ _NOT_AVAILABLE = "55P03"
 
 
 def settle_file(keys: Keys, journal: Rotation) -> None:
-    """Put the old key back where a cut-over renamed the file and then did not commit. Safe to repeat."""
+    """Put the old key back where a cut-over renamed the file and then did not commit. Safe to repeat.
+
+    Not for a manual cut-over: there the file is its operator's, who may well have put the new key in it already.
+    """
     path = keys.source.path
     if journal.cut_over_at is not None or path is None or keys.new is None or keys.source.key != keys.new:
         return
@@ -44,7 +47,7 @@ def swap_file(keys: Keys, journal: Rotation) -> None:
 def hold_off_writers(connection: sa.Connection, layout: Layout, *, seconds: float) -> None:
     """Lock everything with ciphertext against writers, parents first as the app does; wait for those in flight."""
     _set(connection, "lock_timeout", _WRITERS)
-    _set(connection, "statement_timeout", f"{round(seconds * 1000)}ms")
+    allow(connection, seconds=seconds)
     tables = [*layout.locked_first, *(one.table for one in layout.carriers)]
     connection.exec_driver_sql(f"LOCK TABLE {_names(connection, tables)} IN SHARE ROW EXCLUSIVE MODE")
 
@@ -67,6 +70,11 @@ def hold_off_readers(connection: sa.Connection, layout: Layout) -> bool:
         return False
     savepoint.commit()
     return True
+
+
+def allow(connection: sa.Connection, *, seconds: float) -> None:
+    """Let statements of this transaction take so long: a look at every row is no small bite."""
+    _set(connection, "statement_timeout", f"{round(seconds * 1000)}ms")
 
 
 def _names(connection: sa.Connection, tables: Iterable[sa.Table]) -> str:

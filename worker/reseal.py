@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from worker.envelopes import Codec
 
 # Strings are stepped over whole, so that neither a brace nor the scheme's name inside one counts.
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}]')
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}]')
+_SPACE = re.compile(r"[\s:,]*")
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(slots=True)
@@ -66,7 +68,7 @@ class Resealer:
             sealed = self._new.reseal(envelope, plaintext)
             if self._new.open(sealed) != plaintext:
                 raise RuntimeError("an envelope does not open to what was sealed in it")
-            parts += [text[last:start], to_json(sealed)]
+            parts += [text[last:start], _written(text[start:end], envelope, sealed)]
             last = end
         return (b"".join([*parts, text[last:]]) if parts else None), census
 
@@ -141,3 +143,24 @@ class Resealer:
 
     def _ours(self, value: Any) -> bool:
         return isinstance(value, dict) and value.get("scheme") == self._old.scheme
+
+
+def _written(text: bytes, before: dict[str, Any], after: dict[str, Any]) -> bytes:
+    """An envelope's text with its new fields, every other field's text as it was."""
+    if all(type(value) is str or type(value) is int for value in before.values()):
+        return to_json(after)
+    # Something else of the host's is in it, and numbers in that would not survive being parsed.
+    document, parts, last, at = text.decode(), list[str](), 0, 1
+    for _ in before:
+        name, start = _DECODER.raw_decode(document, _skip(document, at))
+        start = _skip(document, start)
+        value, at = _DECODER.raw_decode(document, start)
+        if after[name] != value:
+            parts += [document[last:start], json.dumps(after[name])]
+            last = at
+    return "".join([*parts, document[last:]]).encode()
+
+
+def _skip(document: str, at: int) -> int:
+    found = _SPACE.match(document, at)
+    return found.end() if found else at

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import census, cutover, discovery, keyfile, keyring, masterkeys
+from worker import census, cutover, discovery, keyfile, keyring, masterkeys, readiness
 from worker.ciphertext import RESEALED, Ciphertext, windows
 from worker.envelopes import CODECS, ITERATIONS, Codec, Pbkdf2
 from worker.errors import Refused, UnderWay, Waits
@@ -46,12 +46,13 @@ SWITCH = "paperclip-worker keys switch"
 class Rotating:
     """One rotation, in one transaction."""
 
-    def __init__(self, means: Means, keys: Keys, journal: Rotation | None) -> None:
+    def __init__(self, means: Means, keys: Keys, journal: Rotation | None, *, file: bool) -> None:
         self._means = means
         self._connection = means.connection
         self._layout = means.layout
         self.keys = keys
         self.journal = journal
+        self._file = file
 
     @classmethod
     def of(cls, means: Means, job: RotateMasterKey) -> Rotating:
@@ -60,14 +61,14 @@ class Rotating:
         parent = masterkeys.of(means.connection, job.rollback)
         if journal is not None:
             keys = masterkeys.journalled(means.settings, journal, new_key_file=job.new_key_file, parent=parent)
-            return cls(means, keys, journal)
+            return cls(means, keys, journal, file=job.file)
         source = keyring.locate(means.settings)
         if job.rollback is not None:
-            return cls(means, masterkeys.returning(source, parent, job.rollback), None)
+            return cls(means, masterkeys.returning(source, parent, job.rollback), None, file=job.file)
         new = keyring.read(Path(job.new_key_file)) if job.new_key_file is not None else None
         if new is None and means.run == REHEARSAL:
             new = keyring.generate()
-        return cls(means, masterkeys.Keys(old=source.key, new=new, source=source), None)
+        return cls(means, masterkeys.Keys(old=source.key, new=new, source=source), None, file=job.file)
 
     @cached_property
     def _resealer(self) -> Resealer:
@@ -107,9 +108,24 @@ class Rotating:
                 )
             keyfile.room(source.path)
             keyfile.writable(source.path)
+        self.require_in_use()
         half = masterkeys.unfinished(self._connection, but=self._means.run)
         if half is not None and half.run_id != job.rollback:
             raise UnderWay(f"run {half.run_id} exchanged the key and did not end; resume it, or --rollback it first")
+
+    def require_in_use(self) -> None:
+        """Refused when the journal and the key file speak of different keys, or the rotation was rolled back."""
+        journal = self.journal
+        if journal is None:
+            return
+        undone = [one for one in masterkeys.every(self._connection) if one.rolls_back == journal.run_id]
+        if any(one.cut_over_at for one in undone):
+            raise Refused(f"run {journal.run_id} was rolled back; start a new run")
+        # Before the cut-over the new key may be in the file for a moment, until `settle_file` is reached.
+        expected = {journal.new_key} if journal.cut_over_at else {journal.old_key, journal.new_key}
+        found = self.keys.source.key.fingerprint
+        if self._file and found not in expected:
+            raise Refused(f"the key file holds {found}, not {' or '.join(sorted(expected))} of run {journal.run_id}")
 
     def require_proven(self) -> None:
         """Refused when the key in use opens nothing of what it should."""
@@ -161,6 +177,7 @@ class Rotating:
         if job.file and self.keys.source.path is not None:
             keyfile.stage(self.keys.source.path, new, masterkeys.staged_name(self._run))
         self._connection.execute(sa.delete(RESEALED))
+        readiness.mark(self._connection, self._layout, self._run)
         derived = issubclass(CODECS[self._layout.scheme], Pbkdf2)
         masterkeys.begin(
             self._connection,
@@ -173,7 +190,8 @@ class Rotating:
             sealed=keyring.seal_key(self.keys.old, under=new),
             envelopes={"before": counted.to_json()},
         )
-        return Rotating(self._means, replace(self.keys, new=new), masterkeys.of(self._connection, self._run))
+        journal = masterkeys.of(self._connection, self._run)
+        return Rotating(self._means, replace(self.keys, new=new), journal, file=self._file)
 
     def _generated(self) -> MasterKey:
         """A new key; the one an interrupted start has staged already."""
@@ -212,26 +230,37 @@ class Rotating:
     def _catch_up(self) -> int:
         horizon = self._journal.horizon
         masterkeys.look_from_here(self._connection, self._run)
-        looks = (one.take(self._run, one.since(horizon), self._resealer, again=True) for _, one in self._each())
+        stands = readiness.stands(self._connection, self._layout, self._run)
+        if not stands:
+            self._connection.execute(sa.delete(RESEALED))
+            readiness.mark(self._connection, self._layout, self._run)
+            cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
+        where = [one.since(horizon) if stands else sa.true() for _, one in self._each()]
+        looks = (
+            one.take(self._run, term, self._resealer, again=True)
+            for term, (_, one) in zip(where, self._each(), strict=True)
+        )
         return sum(taken.ready for taken in looks)
 
-    def claim_cut_over(self, *, manual: bool) -> Batch:
+    def claim_cut_over(self) -> Batch:
         """Refused when unknown columns hold ciphertext. Raises Waits until an operator permits a manual cut-over."""
-        cutover.settle_file(self.keys, self._journal)
+        if self._file:
+            cutover.settle_file(self.keys, self._journal)
         if found := discovery.found(self._connection, self._run):
             named = ", ".join(f"{column} ({number})" for column, number in sorted(found.items()))
             raise Refused(f"columns this release does not know may hold ciphertext: {named}; see --allow-column")
-        if manual and self._journal.permitted_at is None:
+        if not self._file and self._journal.permitted_at is None:
             raise Waits(f"ready for the cut-over: stop every server, then `{SWITCH} {self._run}`")
         return Batch(after={"done": True}, exhausted=True, spec={"cut over": True})
 
-    def apply(self, batch: Batch, *, file: bool) -> Tally:
+    def apply(self, batch: Batch) -> Tally:
         """Make a range ready, cut over, or swap what a sweep found."""
         if carrier := batch.spec.get("carrier"):
             self._make_ready(carrier, batch.spec["first"], batch.spec["end"])
-            return Tally()
+            # A rehearsal rolls every bite back, so what it would swap is swapped in this one.
+            return self._swap() if self._run == REHEARSAL else Tally()
         if batch.spec.get("cut over"):
-            return self._cut_over(file=file)
+            return self._cut_over()
         return self._swap() if batch.spec.get("swap") else Tally()
 
     def _make_ready(self, name: str, first: int, end: int | None) -> None:
@@ -244,7 +273,7 @@ class Rotating:
     def _swap(self) -> Tally:
         return sum((ciphertext.swap(self._run) for _, ciphertext in self._each()), Tally())
 
-    def _cut_over(self, *, file: bool) -> Tally:
+    def _cut_over(self) -> Tally:
         cutover.hold_off_writers(self._connection, self._layout, seconds=self._means.settings.scan_timeout)
         locked = time.monotonic()
         self._catch_up()
@@ -258,13 +287,17 @@ class Rotating:
             lock_microseconds=round((time.monotonic() - locked) * 1e6),
             readers_waited=waited,
         )
-        if file:
+        if self._file:
             cutover.swap_file(self.keys, self._journal)
         return tally
 
     def sweep(self, *, everything: bool) -> tuple[int, bool]:
         """Make ready what came with the old key after all; rows found, and whether a server has used the new key."""
+        # Else rows of the key that is in use would be sealed with one that is not.
+        self.require_in_use()
         journal, ready, fresh = self._journal, 0, list[str]()
+        if everything:
+            cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
         for carrier, ciphertext in self._each():
             where = sa.true() if everything else ciphertext.since(journal.horizon, but=journal.cut_over_by)
             taken = ciphertext.take(self._run, where, self._resealer, again=True)
@@ -316,7 +349,8 @@ class Rotating:
         """What the receipt says: fingerprints, counts and times. Puts a half-exchanged file right."""
         if self.journal is None:
             return {}
-        cutover.settle_file(self.keys, self.journal)
+        if self._file:
+            cutover.settle_file(self.keys, self.journal)
         return masterkeys.evidence(self.journal)
 
     def finish(self, retire_after: timedelta) -> dict[str, Any]:
@@ -325,7 +359,9 @@ class Rotating:
         after = masterkeys.close(self._connection, journal, retire_after)
         self._connection.execute(sa.delete(RESEALED))
         if path is not None:
-            keyfile.unstage(keyfile.staged_path(path, journal.staged))
+            # Runs that never came to their end left theirs; what any of them sealed is under this key now.
+            for one in masterkeys.every(self._connection):
+                keyfile.unstage(keyfile.staged_path(path, one.staged))
         return {"retire_after": after.isoformat()}
 
 
