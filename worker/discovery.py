@@ -70,12 +70,19 @@ def claim(connection: sa.Connection, scheme: str, shard: Shard, after: Mapping[s
     found = dict(after["found"]) if after else dict.fromkeys(spec["unreadable"], UNREADABLE)
     # The last window has no end: the table may have grown.
     end = start + _WINDOW if start + _WINDOW < spec["blocks"] else None
-    if spec["columns"]:
+    if spec["columns"] and _exists(connection, spec):
         row = connection.execute(_query(connection, scheme, spec, start, end)).one()
         for column, number in zip(spec["columns"], row, strict=True):
             if number:
                 found[column] = found.get(column, 0) + number
     return Batch(after={"block": start + _WINDOW, "found": found}, exhausted=end is None)
+
+
+def _exists(connection: sa.Connection, spec: Mapping[str, Any]) -> bool:
+    """Whether the table is still there: a plugin may have been removed meanwhile, with its schema."""
+    quote = connection.dialect.identifier_preparer.quote
+    name = f"{quote(spec['schema'])}.{quote(spec['table'])}"
+    return connection.scalar(sa.select(sa.func.to_regclass(name).is_not(None))) is True
 
 
 def _query(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import re
+from hashlib import sha256
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,10 +102,15 @@ def test_other_fields_of_an_envelope_stay_as_they_are(extra: str) -> None:
         assert found is not None
         assert census == Census(old=1)
         text = found.decode()
-        assert text.startswith(f"{before}{{{extra}")
+        # Spaces between fields are not the column's to keep: jsonb has none.
+        assert _dense(text).startswith(_dense(f"{before}{{{extra}"))
         assert text.endswith(after)
         inner = text[len(before) : len(text) - len(after)]
         assert NEW.open(json.loads(inner)).decode() == "größe"
+
+
+def _dense(text: str) -> str:
+    return re.sub(r"([:,]) ", r"\1", text)
 
 
 def test_an_envelope_within_another_is_not_the_apps() -> None:
@@ -121,8 +128,6 @@ def test_an_envelope_within_another_is_not_the_apps() -> None:
 @pytest.mark.parametrize("iv", [8, 12, 16, 60])
 def test_an_iv_of_another_length_is_opened(iv: int) -> None:
     raw, key = b"\x07" * iv, keyring.generate()
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
     sealed = AESGCM(key.raw).encrypt(raw, b"value", None)
     parts = {"iv": raw, "tag": sealed[-16:], "ciphertext": sealed[:-16]}
     envelope = {"scheme": SCHEME, **{name: base64.b64encode(one).decode() for name, one in parts.items()}}
@@ -158,8 +163,6 @@ def test_a_damaged_envelope_is_counted_and_left(damage: dict[str, Any]) -> None:
 
 
 def test_a_digest_that_does_not_fit_is_odd() -> None:
-    from hashlib import sha256
-
     text = json.dumps(OLD.seal(b"value")).encode()
     fits, other = (sha256(one).hexdigest().encode() for one in (b"value", b"other"))
     assert RESEALER.count(text, fits) == Census(old=1)
