@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 from uuid import UUID
 
@@ -31,6 +32,14 @@ def _work(vault: Vault, run: UUID, seconds: float) -> Outcome:
     return vault.deployment.operations.runner().work(run, seconds=seconds)
 
 
+def _work_until_it_waits(vault: Vault, run: UUID, what: str) -> None:
+    def waits() -> bool:
+        return what in (vault.deployment.operations.find(str(run)).waiting or "")
+
+    assert vault.deployment.operations.runner().work(run, seconds=60, leave=waits) is Outcome.MORE
+    assert waits()
+
+
 def _permit(vault: Vault, run: UUID) -> None:
     vault.deployment.query(
         "UPDATE paperclip_worker.rotations SET permitted_at = now(), permitted_by = 'tester' WHERE run_id = %s", run
@@ -46,17 +55,14 @@ def test_it_waits_for_permission_and_then_for_proof(by_hand: Vault) -> None:
     vault = by_hand
     rest = vault.rest()
     run, key = _begin(vault)
-    assert _work(vault, run, 1) is Outcome.MORE
+    _work_until_it_waits(vault, run, f"paperclip-worker keys switch {run}")
     result = vault.deployment.operations.result(run)
     assert result["state"] == "running"
-    assert f"paperclip-worker keys switch {run}" in result["waiting"]
     assert result["waits"]["operator"] >= 1
     assert vault.opened(vault.key) == vault.held
     _permit(vault, run)
-    assert _work(vault, run, 4) is Outcome.MORE
-    result = vault.deployment.operations.result(run)
-    assert result["state"] == "running"
-    assert "start the servers with the new key" in result["waiting"]
+    _work_until_it_waits(vault, run, "start the servers with the new key")
+    assert vault.deployment.operations.result(run)["state"] == "running"
     assert vault.opened(key) == vault.held
     assert vault.rest() == rest
     assert _journal(vault, run, "proved_at") is None
@@ -72,6 +78,23 @@ def test_it_waits_for_permission_and_then_for_proof(by_hand: Vault) -> None:
     assert result["kept"] is True
     assert _journal(vault, run, "proved_at") is not None
     assert vault.opened(key) == vault.held
+
+
+def test_what_it_waits_for_stands_all_the_while(by_hand: Vault) -> None:
+    vault = by_hand
+    run, _ = _begin(vault)
+    _work_until_it_waits(vault, run, "keys switch")
+    runner = vault.deployment.operations.runner()
+    # A runner that has just come to the run says so first.
+    runner.work(run, seconds=0)
+    thread = threading.Thread(target=runner.work, args=(run,), kwargs={"seconds": 3})
+    thread.start()
+    seen = set()
+    while thread.is_alive():
+        seen.add(vault.deployment.operations.find(str(run)).waiting)
+    thread.join()
+    assert len(seen) == 1
+    assert None not in seen
 
 
 def test_what_no_key_opens_is_no_proof(by_hand: Vault) -> None:
@@ -105,7 +128,7 @@ def test_a_changed_copy_of_what_we_sealed_is_no_proof(by_hand: Vault) -> None:
 def test_it_is_stopped_while_it_waits_and_goes_on(by_hand: Vault) -> None:
     vault = by_hand
     run, key = _begin(vault)
-    _work(vault, run, 1)
+    _work_until_it_waits(vault, run, "keys switch")
     assert vault.deployment.operations.stop(str(run)).state == "stopped"
     assert vault.opened(vault.key) == vault.held
     vault.deployment.operations.resume(str(run))
@@ -120,9 +143,9 @@ def test_it_is_stopped_while_it_waits_and_goes_on(by_hand: Vault) -> None:
 def test_a_key_file_that_its_operator_replaced_stays_replaced(vault: Vault) -> None:
     """With several hosts the operator puts the file in place, maybe before saying so; it is never put back."""
     run, key = _begin(vault)
-    _work(vault, run, 1)
+    _work_until_it_waits(vault, run, "keys switch")
     vault.file.write_text(key.text)
-    assert _work(vault, run, 1) is Outcome.MORE
+    assert _work(vault, run, 2) is Outcome.MORE
     assert vault.now == key
     vault.deployment.operations.stop(str(run))
     assert vault.now == key
