@@ -100,8 +100,11 @@ class RotateMasterKey(Job):
         for carrier in layout.carriers:
             # The digest of everything else in a row reads all of its columns.
             yield Right(verb="SELECT", table=carrier.table)
-            yield Right(verb="UPDATE", table=carrier.table, columns=(carrier.column.name,))
+            # The lock of the cut-over asks for the right to the table, not to a column.
+            yield Right(verb="UPDATE", table=carrier.table)
             yield from may_read(carrier.reads)
+        for table in layout.locked_first:
+            yield Right(verb="UPDATE", table=table)
 
     def check(self, means: Means) -> None:
         means.rotating(self).require_possible(self)
