@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from worker.errors import Refused, Waits
 from worker.job import Batch, Job, Plan, Right, Shard, Tally, Verdict
@@ -75,6 +75,10 @@ class RotateMasterKey(Job):
             raise Refused("--generate writes beside the key file; with --cutover manual give --new-key-file")
         if not timedelta(0) < self.retire_after <= _LONGEST:
             raise Refused("--retire-after must be above zero and at most 3650d")
+
+    @classmethod
+    def usual(cls) -> Self:
+        return cls(generate=True)
 
     @property
     def _ways(self) -> int:
@@ -149,7 +153,7 @@ class RotateMasterKey(Job):
         if shard.stage == _CATCH_UP:
             return rotating.claim_catch_up(after)
         if shard.stage == _CUT_OVER:
-            return rotating.claim_cut_over(after, manual=not self.file)
+            return rotating.claim_cut_over(after)
         return self._claim_sweep(rotating, shard, after or {"sweeps": 0, "clean": 0})
 
     def _claim_sweep(self, rotating: Rotating, shard: Shard, after: Mapping[str, Any]) -> Batch:
@@ -170,7 +174,7 @@ class RotateMasterKey(Job):
         )
 
     def apply(self, means: Means, batch: Batch) -> Tally:
-        return means.rotating(self).apply(batch, file=self.file)
+        return means.rotating(self).apply(batch)
 
     def verify(self, means: Means) -> Verdict:
         return means.rotating(self).judge()

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 _SPOOL = 16 << 20
 _WINDOW_BYTES = 12 << 20
 _STEP = 16
-_DIGESTLESS = ("json", "xml")
+# Of these kinds of types some have no hash (json, xml, tsvector, point), so they are hashed as text.
+_MAYBE_HASHLESS = frozenset("UGA")
+_HASHED = frozenset({"uuid", "jsonb", "bytea", "_text", "_uuid"})
 
 
 class _Xid(sa.types.UserDefinedType[str]):
@@ -66,7 +68,7 @@ _VERSION: sa.ColumnClause[Any] = sa.column("xmin", _Xid())
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """What a look found: rows made ready, and the keys of rows that need nothing."""
+    """What a look found: rows made ready, and the keys of rows all under the new key."""
 
     ready: int
     done: tuple[str, ...]
@@ -161,10 +163,10 @@ class Ciphertext:
         """A digest of every other column of a row."""
         prepare = self._connection.dialect.identifier_preparer
         table, terms = prepare.format_table(self._carrier.table), []
-        for name, kind in _columns(self._connection, self._carrier.table):
+        for name, kind, category in _columns(self._connection, self._carrier.table):
             if name != self._carrier.column.name:
                 cell = f"{table}.{prepare.quote(name)}"
-                terms.append(f"{cell}::text" if kind in _DIGESTLESS else cell)
+                terms.append(f"{cell}::text" if category in _MAYBE_HASHLESS and kind not in _HASHED else cell)
         return sa.literal_column(f"hash_record_extended(ROW({', '.join(terms)}), 0)")
 
     # -- making ready -------------------------------------------------------------------------------
@@ -186,12 +188,14 @@ class Ciphertext:
         prefix = f"{run}\x02{self._carrier.name}\x02".encode()
         with tempfile.SpooledTemporaryFile(max_size=_SPOOL) as spool:
             for key, place, version, rest, _, _, text in rows:
-                value = resealer.reseal(text)
+                value, one = resealer.reseal(text)
                 if value is not None:
                     ready += 1
                     spool.write(b"%b%b\x02%b\x02%b\x02%b\x02%b\n" % (prefix, key, place, version, rest, value))
-                if again:
-                    (done if value is None else taken).append(key.decode())
+                if again and value is not None:
+                    taken.append(key.decode())
+                elif again and one.new and not one.lost:
+                    done.append(key.decode())
             self._forget(run, taken)
             spool.seek(0)
             self._put(spool)
@@ -271,15 +275,16 @@ def _of(table: sa.Table, column: sa.ColumnClause[Any]) -> sa.ColumnElement[Any]:
 
 _COLUMNS = sa.text(
     """
-    SELECT attname, typname FROM pg_catalog.pg_attribute JOIN pg_catalog.pg_type ON pg_type.oid = atttypid
+    SELECT attname, typname, typcategory::text
+    FROM pg_catalog.pg_attribute JOIN pg_catalog.pg_type ON pg_type.oid = atttypid
     WHERE attrelid = CAST(:name AS regclass) AND attnum > 0 AND NOT attisdropped ORDER BY attnum
     """
 )
 
 
-def _columns(connection: sa.Connection, table: sa.Table) -> list[tuple[str, str]]:
+def _columns(connection: sa.Connection, table: sa.Table) -> list[tuple[str, str, str]]:
     quoted = connection.dialect.identifier_preparer.format_table(table)
-    return [(row[0], row[1]) for row in connection.execute(_COLUMNS, {"name": quoted})]
+    return [(row[0], row[1], row[2]) for row in connection.execute(_COLUMNS, {"name": quoted})]
 
 
 def windows(connection: sa.Connection, carrier: Carrier) -> list[tuple[int, int | None]]:

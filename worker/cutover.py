@@ -29,7 +29,10 @@ _OPENED = 0.05
 
 
 def settle_file(keys: Keys, journal: Rotation) -> None:
-    """Put the old key back where a cut-over renamed the file and then did not commit. Safe to repeat."""
+    """Put the old key back where a cut-over renamed the file and then did not commit. Safe to repeat.
+
+    Not for a manual cut-over: there the file is its operator's, who may well have put the new key in it already.
+    """
     path = keys.source.path
     if path is None or keys.new is None:
         return
@@ -47,12 +50,17 @@ def swap_file(keys: Keys, journal: Rotation) -> None:
         keyfile.swap(path, keyfile.staged_path(path, journal.staged), expected=keys.old)
 
 
+def allow(connection: sa.Connection, *, seconds: float) -> None:
+    """Let statements of this transaction take so long: a look at every row is no small bite."""
+    _set(connection, "statement_timeout", f"{round(seconds * 1000)}ms")
+
+
 def hold_off_writers(connection: sa.Connection, layout: Layout, *, seconds: float) -> None:
     """Lock everything with ciphertext against writers and wait for those in flight, for `seconds` of work at most.
 
     Raises the driver's lock timeout when they take longer than a part of PostgreSQL's deadlock_timeout.
     """
-    _set(connection, "statement_timeout", f"{round(seconds * 1000)}ms")
+    allow(connection, seconds=seconds)
     # EXCLUSIVE also waits for rows locked to be updated, which would hold up our updates and could never be theirs.
     _lock(connection, layout, "EXCLUSIVE", seconds=min(_WRITERS, _PART * _deadlock_timeout(connection)))
 

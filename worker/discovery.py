@@ -84,7 +84,7 @@ def claim(connection: sa.Connection, scheme: str, shard: Shard, after: Mapping[s
         spec = tables[number]
         # The last window of a table has no end: it may have grown.
         end = start + room if start + room < spec["blocks"] else None
-        query = _query(connection, scheme, spec, start, end) if spec["columns"] else None
+        query = _query(connection, scheme, spec, start, end) if _readable(connection, spec) else None
         found |= _look(connection, query, spec, found)
         room -= max(1, (end or spec["blocks"]) - start)
         number, start = (number, end) if end else (number + 1, 0)
@@ -102,6 +102,15 @@ def _look(
         for column, number in zip(spec["columns"], row, strict=True):
             if number:
                 yield f"{name}.{column}", number + int(before.get(f"{name}.{column}", 0))
+
+
+def _readable(connection: sa.Connection, spec: Mapping[str, Any]) -> bool:
+    """Whether there is a column to read, and the table still: a plugin may have been removed, with its schema."""
+    if not spec["columns"]:
+        return False
+    quote = connection.dialect.identifier_preparer.quote
+    name = f"{quote(spec['schema'])}.{quote(spec['table'])}"
+    return connection.scalar(sa.select(sa.func.to_regclass(name).is_not(None))) is True
 
 
 def _query(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # The evidence is append-only even for the worker itself.
 _APPEND_ONLY = ("receipts", "bites", "objects", "policies", "anchors")
+# Ciphertext made ready for a cut-over, and forgotten after it.
+_PASSING = "resealed"
 
 
 def statements(layout: Layout, role: str, jobs: Sequence[type[Job]]) -> Iterator[str]:
@@ -28,6 +30,7 @@ def statements(layout: Layout, role: str, jobs: Sequence[type[Job]]) -> Iterator
     yield f"GRANT USAGE ON SCHEMA public, {SCHEMA} TO {to}"
     yield f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA {SCHEMA} TO {to}"
     yield f"REVOKE UPDATE ON {', '.join(f'{SCHEMA}.{name}' for name in _APPEND_ONLY)} FROM {to}"
+    yield f"GRANT DELETE ON {SCHEMA}.{_PASSING} TO {to}"
     rights = [*_everyone(layout), *(right for job in jobs for right in job.rights(layout))]
     for (table, verb), columns in sorted(_merged(rights).items()):
         of = f" ({', '.join(map(quote, sorted(columns)))})" if columns else ""

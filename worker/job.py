@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 from uuid import UUID
 
 from worker import canonical
@@ -260,6 +260,11 @@ class Job(abc.ABC):
     def archives(self) -> bool:
         """Whether the job writes to the object store, which is then checked before anything starts."""
         return False
+
+    @classmethod
+    def usual(cls) -> Self:
+        """The job with its usual parameters, for what is asked of every job."""
+        return cls()
 
     @classmethod
     def retaining(cls, layout: Layout, table: str) -> Job | None:  # noqa: ARG003

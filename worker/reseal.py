@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from worker.keyring import MasterKey
 
 # Strings are stepped over whole, so that neither a brace nor the scheme's name inside one counts.
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}]')
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}]')
+_SPACE = re.compile(r"[\s:,]*")
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(slots=True)
@@ -70,30 +72,27 @@ class Resealer:
         self._new = new
         self._marker = old.scheme.encode()
 
-    def reseal(self, text: bytes) -> bytes | None:
-        """The text with what the old key opens sealed with the new; None where that is nothing.
+    def reseal(self, text: bytes) -> tuple[bytes | None, Census]:
+        """The text with what the old key opens sealed with the new, and the keys; None where that is nothing.
 
         Each new envelope is opened again and compared before it is given out.
         """
         if self._new is None:
             raise ValueError("there is no key to seal with")
-        try:
-            plaintext = self._old.open_text(text)
-        except WrongKey:
-            return None
-        if plaintext is not None:
-            return self._new.seal_text(plaintext)
-        parts, last = list[bytes](), 0
+        with suppress(WrongKey):
+            if (plaintext := self._old.open_text(text)) is not None:
+                return self._new.seal_text(plaintext), Census(old=1)
+        census, parts, last = Census(), list[bytes](), 0
         for start, end, envelope in self._envelopes(text):
-            plaintext = self._opened(self._old, envelope)
+            plaintext = self._classify(envelope, census)
             if plaintext is None:
                 continue
             sealed = self._new.reseal(envelope, plaintext)
             if self._new.open(sealed) != plaintext:
                 raise RuntimeError("an envelope does not open to what was sealed in it")
-            parts += [text[last:start], to_json(sealed)]
+            parts += [text[last:start], _written(text[start:end], envelope, sealed)]
             last = end
-        return b"".join([*parts, text[last:]]) if parts else None
+        return (b"".join([*parts, text[last:]]) if parts else None), census
 
     def count(self, text: bytes, digest: bytes, *, new_first: bool = False) -> Census:
         """Which key opens what, and whether to what has this SHA-256 (hex; empty: not asked).
@@ -119,6 +118,17 @@ class Resealer:
                 continue
             census.odd += bool(digest) and sha256(plaintext).hexdigest().encode() != digest
         return census
+
+    def _classify(self, envelope: dict[str, Any], census: Census) -> bytes | None:
+        """Count an envelope by its key; its plaintext where that is the old one."""
+        plaintext = self._opened(self._old, envelope)
+        if plaintext is not None:
+            census.old += 1
+        elif self._opened(self._new, envelope) is not None:
+            census.new += 1
+        else:
+            census.lost += 1
+        return plaintext
 
     @staticmethod
     def _opened(codec: Codec | None, envelope: dict[str, Any]) -> bytes | None:
@@ -160,3 +170,24 @@ class Resealer:
 
     def _ours(self, value: Any) -> bool:
         return isinstance(value, dict) and value.get("scheme") == self._old.scheme
+
+
+def _written(text: bytes, before: dict[str, Any], after: dict[str, Any]) -> bytes:
+    """An envelope's text with its new fields, every other field's text as it was."""
+    if all(type(value) is str or type(value) is int for value in before.values()):
+        return to_json(after)
+    # Something else of the host's is in it, and numbers in that would not survive being parsed.
+    document, parts, last, at = text.decode(), list[str](), 0, 1
+    for _ in before:
+        name, start = _DECODER.raw_decode(document, _skip(document, at))
+        start = _skip(document, start)
+        value, at = _DECODER.raw_decode(document, start)
+        if after[name] != value:
+            parts += [document[last:start], json.dumps(after[name])]
+            last = at
+    return "".join([*parts, document[last:]]).encode()
+
+
+def _skip(document: str, at: int) -> int:
+    found = _SPACE.match(document, at)
+    return found.end() if found else at

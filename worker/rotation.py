@@ -105,9 +105,24 @@ class Rotating:
                 )
             keyfile.room(source.path)
             keyfile.writable(source.path)
+        self.require_in_use()
         half = masterkeys.unfinished(self._connection, but=self._means.run)
         if half is not None and half.run_id != job.rollback:
             raise UnderWay(f"run {half.run_id} exchanged the key and did not end; resume it, or --rollback it first")
+
+    def require_in_use(self) -> None:
+        """Refused when the journal and the key file speak of different keys, or the rotation was rolled back."""
+        journal = self.journal
+        if journal is None:
+            return
+        undone = [one for one in masterkeys.every(self._connection) if one.rolls_back == journal.run_id]
+        if any(one.cut_over_at for one in undone):
+            raise Refused(f"run {journal.run_id} was rolled back; start a new run")
+        # Before the cut-over the new key may be in the file for a moment, until `settle_file` is reached.
+        expected = {journal.new_key} if journal.cut_over_at else {journal.old_key, journal.new_key}
+        found = self.keys.source.key.fingerprint
+        if self._file and found not in expected:
+            raise Refused(f"the key file holds {found}, not {' or '.join(sorted(expected))} of run {journal.run_id}")
 
     def require_proven(self) -> None:
         """Refused when the key in use opens nothing of what it should."""
@@ -216,6 +231,7 @@ class Rotating:
         masterkeys.look_from_here(self._connection, self._run)
         if everything:
             readiness.mark(self._connection, self._layout, self._run)
+            cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
         ready = 0
         for _, one in self._each():
             where = sa.true() if everything else one.since(journal.horizon)
@@ -225,14 +241,14 @@ class Rotating:
     def _stands(self) -> bool:
         return readiness.stands(self._connection, self._layout, self._run)
 
-    def claim_cut_over(self, after: Mapping[str, Any] | None, *, manual: bool) -> Batch:
+    def claim_cut_over(self, after: Mapping[str, Any] | None) -> Batch:
         """Refused when unknown columns hold ciphertext. Raises Waits until an operator permits a manual cut-over."""
         if self._file:
             cutover.settle_file(self.keys, self._journal)
         if found := discovery.found(self._connection, self._run):
             named = ", ".join(f"{column} ({number})" for column, number in sorted(found.items()))
             raise Refused(f"columns this release does not know may hold ciphertext: {named}; see --allow-column")
-        if manual and self._journal.permitted_at is None:
+        if not self._file and self._journal.permitted_at is None:
             raise Waits(f"ready for the cut-over: stop every server, then `{SWITCH} {self._run}`")
         # The run may have waited or been stopped for long: nobody should wait for what can be made ready before. From
         # here on no table can be rewritten, for this look has locked them against that.
@@ -241,13 +257,14 @@ class Rotating:
             return Batch(after={"rounds": rounds}, exhausted=False)
         return Batch(after={"rounds": rounds}, exhausted=True, spec={"cut over": True})
 
-    def apply(self, batch: Batch, *, file: bool) -> Tally:
+    def apply(self, batch: Batch) -> Tally:
         """Make a range ready, cut over, or swap what a sweep found."""
         if carrier := batch.spec.get("carrier"):
             self._make_ready(carrier, batch.spec["first"], batch.spec["end"])
-            return Tally()
+            # A rehearsal rolls every bite back, so what it would swap is swapped in this one.
+            return self._swap() if self._run == REHEARSAL else Tally()
         if batch.spec.get("cut over"):
-            return self._cut_over(file=file)
+            return self._cut_over()
         return self._swap() if batch.spec.get("swap") else Tally()
 
     def _make_ready(self, name: str, first: int, end: int | None) -> None:
@@ -260,7 +277,7 @@ class Rotating:
     def _swap(self) -> Tally:
         return sum((ciphertext.swap(self._run) for _, ciphertext in self._each()), Tally())
 
-    def _cut_over(self, *, file: bool) -> Tally:
+    def _cut_over(self) -> Tally:
         cutover.hold_off_writers(self._connection, self._layout, seconds=self._means.settings.scan_timeout)
         locked = time.monotonic()
         self._catch_up()
@@ -274,18 +291,22 @@ class Rotating:
             lock_microseconds=round((time.monotonic() - locked) * 1e6),
             readers_waited=waited,
         )
-        if file:
+        if self._file:
             cutover.swap_file(self.keys, self._journal)
         return tally
 
     def sweep(self, *, everything: bool) -> tuple[int, bool]:
         """Make ready what came with the old key after all; rows found, and whether a server has used the new key."""
+        # Else rows of the key that is in use would be sealed with one that is not.
+        self.require_in_use()
         journal, ready, fresh = self._journal, 0, list[str]()
         lost = not self._stands()
         if lost:
             # Which rows were ours is forgotten: only what comes from here on can prove anything.
             masterkeys.look_from_here(self._connection, self._run)
             readiness.mark(self._connection, self._layout, self._run)
+        if everything or lost:
+            cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
         for carrier, ciphertext in self._each():
             newer = ciphertext.since(journal.horizon, but=journal.cut_over_by)
             taken = ciphertext.take(self._run, sa.true() if everything or lost else newer, self._resealer)
@@ -353,5 +374,7 @@ class Rotating:
         after = masterkeys.close(self._connection, journal, retire_after)
         self._connection.execute(sa.delete(RESEALED))
         if path is not None:
-            keyfile.unstage(keyfile.staged_path(path, journal.staged))
+            # Runs that never came to their end left theirs; what any of them sealed is under this key now.
+            for one in masterkeys.every(self._connection):
+                keyfile.unstage(keyfile.staged_path(path, one.staged))
         return {"retire_after": after.isoformat()}

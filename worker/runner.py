@@ -61,6 +61,8 @@ class Runner:
         self._contended = False
         # The run whose bites are being taken, as it was when they began.
         self._running: Run | None = None
+        # What the operator was last asked for; it stands until a bite went on.
+        self._asked: str | None = None
         self._faulty: UUID | None = None
         self._faults = 0
 
@@ -136,13 +138,15 @@ class Runner:
 
     def _rest(self, run: Run) -> bool:
         """Rest a moment when the server is under pressure, and say why where operators look."""
+        asked = run.waiting is not None and run.waiting == self._asked
         with self._transaction() as connection:
             pressure = self._throttle.pressure(connection)
             if pressure:
                 ledger.note_wait(connection, run.id, pressure.text, kind=pressure.kind, seconds=1)
-            elif run.waiting:
+            elif run.waiting and not asked:
                 ledger.note_wait(connection, run.id, None, kind="rested", seconds=0)
-        self._running = replace(run, waiting=pressure.text if pressure else None)
+        left = run.waiting if asked else None
+        self._running = replace(run, waiting=pressure.text if pressure else left)
         if pressure is None:
             return False
         log.info("run rests", run=str(run.id), kind=pressure.kind)
@@ -179,6 +183,7 @@ class Runner:
                 seconds=time.monotonic() - began,
             )
         seconds = time.monotonic() - locked
+        self._asked = None
         if not self._contended:
             self._throttle.observe(asked=asked, seconds=seconds)
         self._contended = False
@@ -271,6 +276,7 @@ class Runner:
         """Say what a run waits for, a moment long; it is no fault however long it takes."""
         with self._transaction() as connection:
             ledger.note_wait(connection, run, what, kind="operator", seconds=1)
+        self._asked = what
         self._running = None
         time.sleep(1)
 

@@ -479,7 +479,7 @@ def test_the_printed_grants_are_enough_and_no_more(deployment: Deployment, tmp_p
             "DELETE FROM paperclip_worker.runs",
             "UPDATE activity_log SET action = action",
             "CREATE TABLE paperclip_worker.mine (id int)",
-            "SELECT * FROM company_secret_versions",
+            "DELETE FROM company_secret_versions",
         ):
             with pytest.raises(errors.InsufficientPrivilege):
                 connection.execute(statement.encode())

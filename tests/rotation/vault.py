@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from worker.layouts.catalogue import load
 # Cheap, so that a test may seal and open under many keys.
 ROUNDS = 1_000
 VALUES = ("", "x", "sk-live-0123456789", "  padded \n", "größe 顧客 😀 \u0001", '{"a": "b"}', "v" * 65_536)
-_DUMMY = {
+_DUMMY: dict[str, Callable[[], Any]] = {
     "uuid": uuid4,
     "text": lambda: "x",
     "integer": lambda: 0,

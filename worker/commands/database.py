@@ -66,7 +66,7 @@ def check(as_json: bool) -> int:
 
 
 def _jobs(layout: str, connection: object) -> dict[str, list[str]]:
-    """What each job, with its default parameters, lacks in the live database."""
+    """What each job, with its usual parameters, lacks in the live database."""
     import sqlalchemy as sa
 
     from worker import layouts, registry
@@ -74,7 +74,7 @@ def _jobs(layout: str, connection: object) -> dict[str, list[str]]:
     if not isinstance(connection, sa.Connection):
         raise TypeError("a connection is needed")
     return {
-        name: layouts.missing(connection, job().needs(layouts.LAYOUTS[layout]))
+        name: layouts.missing(connection, job.usual().needs(layouts.LAYOUTS[layout]))
         for name, job in registry.jobs().items()
     }
 

@@ -1,0 +1,167 @@
+"""Ciphertext where no carrier is: the cut-over does not begin before somebody has said what it is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from psycopg import sql
+
+from tests.rotation import steps
+from tests.rotation.vault import Vault
+from worker.errors import Refused
+
+TALK = "The scheme is called local_encrypted_v1 (pbkdf2_aes_256_gcm_v1 in the guide); see the documentation."
+
+
+def _plant(vault: Vault, place: str, type_: str, made: str = "") -> str:
+    """A column of a new table with an envelope in one of its rows; the column's name."""
+    schema, table, column = place.split(".")
+    value: Any = json.dumps({"kept": vault.seal("hidden")})
+    value = [value] if type_.endswith("[]") else value
+    with vault.connect() as connection:
+        connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(schema)))
+        name = sql.Identifier(schema, table)
+        create = made or f"CREATE TABLE {{0}} (id int, {{1}} {type_})"
+        connection.execute(sql.SQL(create).format(name, sql.Identifier(column)))
+        for number in range(5):
+            connection.execute(
+                sql.SQL(f"INSERT INTO {{}} VALUES (%s, %s::{type_})").format(name),
+                (number, value if number == 3 else None),
+            )
+    return place
+
+
+def _stops(vault: Vault, *columns: str, **fields: Any) -> None:
+    """The run ends before its cut-over, names the columns, and leaves data and key file as they were."""
+    before, carriers = vault.deployment.digest(), vault.opened(vault.key)
+    run = steps.start(vault, generate=True, **fields)
+    with pytest.raises(Refused, match=r"--allow-column") as refused:
+        steps.work(vault, run)
+    for column in columns:
+        assert column in str(refused.value)
+    result = vault.deployment.operations.result(run)
+    assert result["state"] == "failed"
+    assert result["rows"] == 0
+    assert result["receipt"]["error"] == str(refused.value)
+    assert vault.deployment.digest() == before
+    assert vault.opened(vault.key) == carriers
+    assert vault.now == vault.key
+
+
+@pytest.mark.parametrize(
+    ("place", "type_"),
+    [
+        ("public.notes.body", "text"),
+        ("public.notes.body", "varchar(4000)"),
+        ("public.notes.body", "json"),
+        ("plugin_x.state.value", "jsonb"),
+        ("plugin_x.state.values", "text[]"),
+        ("plugin_x.state.values", "jsonb[]"),
+        ("Strange Schema.Odd table.The column", "text"),
+    ],
+)
+def test_an_envelope_in_an_unknown_column_stops_the_cut_over(released_vault: Vault, place: str, type_: str) -> None:
+    column = _plant(released_vault, place, type_)
+    _stops(released_vault, f"{column} (1)")
+
+
+def test_a_domain_and_a_partition_are_looked_into(released_vault: Vault) -> None:
+    released_vault.deployment.query("CREATE DOMAIN public.sealed AS jsonb")
+    first = _plant(released_vault, "public.of_domain.value", "public.sealed")
+    _plant(
+        released_vault,
+        "public.parted.value",
+        "jsonb",
+        "CREATE TABLE {0} (id int, {1} jsonb) PARTITION BY RANGE (id); "
+        "CREATE TABLE public.part_low PARTITION OF {0} FOR VALUES FROM (0) TO (2); "
+        "CREATE TABLE public.part_high PARTITION OF {0} FOR VALUES FROM (2) TO (9)",
+    )
+    _stops(released_vault, f"{first} (1)", "public.part_high.value (1)")
+
+
+def test_an_envelope_in_a_known_table_stops_the_cut_over(vault: Vault) -> None:
+    table, column = ("issues", "description") if vault.layout == "paperclip" else ("tasks", "description")
+    details = "details" if vault.layout == "paperclip" else "metadata"
+    hidden = json.dumps(vault.seal("hidden"))
+    vault.deployment.query(
+        f"UPDATE {table} SET {column} = %s WHERE id = (SELECT min(id::text)::uuid FROM {table})", hidden
+    )
+    vault.deployment.query(
+        f"UPDATE activity_log SET {details} = jsonb_build_object('x', %s::jsonb) "
+        "WHERE id = (SELECT min(id::text)::uuid FROM activity_log)",
+        hidden,
+    )
+    _stops(vault, f"public.{table}.{column} (1)", f"public.activity_log.{details} (1)")
+
+
+def test_another_column_of_a_carriers_table_is_no_carrier(vault: Vault) -> None:
+    vault.deployment.query("ALTER TABLE company_secret_versions ADD backup jsonb")
+    vault.deployment.query("UPDATE company_secret_versions SET backup = material")
+    _stops(vault, "public.company_secret_versions.backup (4")
+
+
+def test_an_allowed_column_does_not_stop_it(released_vault: Vault) -> None:
+    vault = released_vault
+    first, second = _plant(vault, "plugin_x.state.value", "jsonb"), _plant(vault, "public.notes.body", "text")
+    _stops(vault, f"{second} (1)", allow_column=(first,))
+    before = (
+        vault.deployment.query("SELECT body FROM notes"),
+        vault.deployment.query("SELECT value FROM plugin_x.state"),
+    )
+    result = vault.run("--generate", "--allow-column", first, "--allow-column", "notes.body")
+    assert result["kept"] is True
+    after = (
+        vault.deployment.query("SELECT body FROM notes"),
+        vault.deployment.query("SELECT value FROM plugin_x.state"),
+    )
+    assert after == before
+    # What the runs before left beside the key file went with the last one.
+    assert [one.name for one in vault.file.parent.iterdir()] == ["master.key"]
+
+
+def test_text_about_the_scheme_does_not_stop_it(vault: Vault) -> None:
+    table = "issues" if vault.layout == "paperclip" else "tasks"
+    vault.deployment.query(f"UPDATE {table} SET description = %s", TALK)
+    assert vault.run("--generate")["kept"] is True
+    assert vault.opened(vault.now) == vault.held
+
+
+def test_a_table_that_is_gone_when_its_turn_comes_is_no_fault(released_vault: Vault) -> None:
+    vault = released_vault
+    _plant(vault, "plugin_x.state.value", "jsonb")
+    run = steps.start(vault, generate=True)
+    runner, told = vault.deployment.operations.runner(), iter((False, True))
+    runner.work(run, seconds=60, leave=lambda: next(told))
+    vault.deployment.query("DROP SCHEMA plugin_x CASCADE")
+    assert steps.work(vault, run)["kept"] is True
+
+
+def test_a_column_that_cannot_be_read_is_named(released_vault: Vault) -> None:
+    vault = released_vault
+    _plant(vault, "public.notes.body", "text")
+    _plant(vault, "plugin_x.state.value", "jsonb")
+    role = "blind_" + vault.deployment.environment["DATABASE_URL"].rpartition("/")[2]
+    name = vault.deployment.environment["DATABASE_URL"].rpartition("/")[2]
+    vault.deployment.query(
+        f"CREATE ROLE {role} LOGIN PASSWORD 'pw'; GRANT ALL ON DATABASE {name} TO {role}; "
+        f"GRANT ALL ON SCHEMA public, paperclip_worker TO {role}; "
+        f"GRANT ALL ON ALL TABLES IN SCHEMA public, paperclip_worker TO {role}; "
+        f"GRANT ALL ON ALL SEQUENCES IN SCHEMA public, paperclip_worker TO {role}; "
+        f"REVOKE ALL ON public.notes FROM {role}; GRANT SELECT (id) ON public.notes TO {role}"
+    )
+    host = vault.deployment.environment["DATABASE_URL"].rpartition("@")[2]
+    blind = steps.with_environment(vault, DATABASE_URL=f"postgres://{role}:pw@{host}")
+    try:
+        run = steps.start(blind, generate=True)
+        with pytest.raises(Refused) as refused:
+            steps.work(blind, run)
+        assert "public.notes.body (cannot be read)" in str(refused.value)
+        assert "plugin_x.state.value (cannot be read)" in str(refused.value)
+        assert vault.now == vault.key
+        again = steps.start(blind, generate=True, allow_column=("notes.body", "plugin_x.state.value"))
+        assert steps.work(blind, again)["kept"] is True
+    finally:
+        blind.deployment.operations.engine.dispose()
+        vault.deployment.query(f"DROP OWNED BY {role}; DROP ROLE {role}")
