@@ -39,7 +39,6 @@ def statements(layout: Layout, role: str, jobs: Sequence[type[Job]]) -> Iterator
     if any(job.reads_everything for job in jobs):
         # Ciphertext may be in a plugin's table that nobody has heard of yet.
         yield f"GRANT pg_read_all_data TO {to}"
-        yield f"GRANT DELETE ON {SCHEMA}.resealed TO {to}"
 
 
 def _everyone(layout: Layout) -> Iterator[Right]:

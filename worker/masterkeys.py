@@ -232,14 +232,13 @@ def journalled(means: Means, rotation: Rotation, *, new_key_file: str | None) ->
 
 def unseal(connection: sa.Connection, found: dict[str, MasterKey]) -> None:
     """Add to the keys found every older one under their seal, and under the seals of those."""
-    sealed = {one.old_key: one for one in every(connection) if one.sealed is not None}
-    more = True
-    while more:
-        more = False
-        for name, one in sealed.items():
-            if name not in found and one.sealed is not None and (under := found.get(one.new_key)):
-                found[name] = keyring.open_key(one.sealed, under=under)
-                more = True
+    # One key may lie under several seals: rotations that were rolled back, and tried again.
+    sealed, before = every(connection), -1
+    while len(found) > before:
+        before = len(found)
+        for one in sealed:
+            if one.old_key not in found and one.sealed is not None and (under := found.get(one.new_key)):
+                found[one.old_key] = keyring.open_key(one.sealed, under=under)
 
 
 def returning(source: keyring.Source, parent: Rotation | None, run: UUID) -> Keys:
