@@ -229,7 +229,13 @@ class Rotating:
         """Refused when unknown columns hold ciphertext. Raises Waits until an operator permits a manual cut-over."""
         if self._file:
             cutover.settle_file(self.keys, self._journal)
-        if found := discovery.found(self._connection, self._run):
+        found = discovery.found(self._connection, self._run)
+        if unread := [column for column, number in found.items() if number == discovery.UNREADABLE]:
+            raise Refused(
+                f"{len(unread)} columns cannot be looked into, {min(unread)} among them: while the master key is "
+                "rotated, GRANT pg_read_all_data to the worker's role, or name them with --allow-column"
+            )
+        if found:
             named = ", ".join(f"{column} ({number})" for column, number in sorted(found.items()))
             raise Refused(f"columns this release does not know may hold ciphertext: {named}; see --allow-column")
         if manual and self._journal.permitted_at is None:
