@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -63,12 +65,15 @@ def _plant(vault: Vault, server: provider.Provider) -> None:
                 status="previous",
                 **digests,
             )
-            vault.insert(
-                connection,
-                "company_secret_proposals",
-                company_id=company,
-                value_ciphertext=server.seal(value)["material"],
-            )
+            proposal = {
+                "kind": "secret",
+                "status": "pending",
+                "projection_class": "unclassified",
+                "proposed_name": "x",
+                "proposed_key": str(uuid4()),
+                "value_ciphertext": server.seal(value)["material"],
+            }
+            vault.insert(connection, "company_secret_proposals", company_id=company, **proposal)
             entry = {"fingerprintSha256": sealed["fingerprintSha256"], "material": server.seal(value)["material"]}
             registry = {"paperclipSecretRedactions": [entry, entry], "other": [1, value]}
             agent = connection.execute("SELECT id, company_id FROM agents LIMIT 1").fetchone()
@@ -84,10 +89,22 @@ def _plant(vault: Vault, server: provider.Provider) -> None:
                 payload={"_paperclipWakeContext": registry},
             )
             parts = {name: server.seal(f"{name}{value}")["material"] for name in ("binding", "upload")}
-            vault.insert(connection, "chat_teams_file_transfers", company_id=company, private_state=parts)
+            vault.insert(
+                connection,
+                "chat_teams_file_transfers",
+                company_id=company,
+                private_state=parts,
+                **_TRANSFER,
+                token_sha256=sha256(uuid4().bytes).hexdigest(),
+            )
         connection.execute("SET session_replication_role = origin")
 
 
+_TRANSFER: dict[str, Any] = {
+    **dict.fromkeys(("source_digest", "authority_digest", "sha256"), "0" * 64),
+    **dict.fromkeys(("version", "byte_size", "conversation_generation"), 1),
+    "phase": "declined",
+}
 _CAMEL = {"value_sha256": "valueSha256", "fingerprint_sha256": "fingerprintSha256"}
 
 
