@@ -192,8 +192,15 @@ class Rotating:
                 yield Shard(key=f"make-ready:{carrier.name}:{first}", rows=0, spec=spec, stage=stage)
 
     def discovery_shards(self, allowed: Iterable[str], *, stage: int) -> Iterator[Shard]:
-        """Every other text and JSON column of the database, to be looked into."""
-        for shard in discovery.shards(self._connection, self._layout, tuple(allowed)):
+        """Every other text and JSON column of the database, to be looked into. Refused where one cannot be."""
+        shards = list(discovery.shards(self._connection, self._layout, tuple(allowed)))
+        unread = [f"{one.spec['schema']}.{one.spec['table']}.{c}" for one in shards for c in one.spec["unreadable"]]
+        if unread:
+            raise Refused(
+                f"{len(unread)} columns cannot be looked into, {unread[0]} among them: while the master key is "
+                "rotated, GRANT pg_read_all_data to the worker's role, or name them with --allow-column"
+            )
+        for shard in shards:
             yield replace(shard, stage=stage)
 
     # -- bites --------------------------------------------------------------------------------------
@@ -229,13 +236,7 @@ class Rotating:
         """Refused when unknown columns hold ciphertext. Raises Waits until an operator permits a manual cut-over."""
         if self._file:
             cutover.settle_file(self.keys, self._journal)
-        found = discovery.found(self._connection, self._run)
-        if unread := [column for column, number in found.items() if number == discovery.UNREADABLE]:
-            raise Refused(
-                f"{len(unread)} columns cannot be looked into, {min(unread)} among them: while the master key is "
-                "rotated, GRANT pg_read_all_data to the worker's role, or name them with --allow-column"
-            )
-        if found:
+        if found := discovery.found(self._connection, self._run):
             named = ", ".join(f"{column} ({number})" for column, number in sorted(found.items()))
             raise Refused(f"columns this release does not know may hold ciphertext: {named}; see --allow-column")
         if manual and self._journal.permitted_at is None:

@@ -269,6 +269,7 @@ def test_the_printed_grants_are_enough_to_rotate(vault: Vault) -> None:
         done = vault.deployment.cli(*words, ok=False, env={"DATABASE_URL": least})
         assert done.returncode != 0
         assert "GRANT pg_read_all_data" in done.stderr
+        assert [one.name for one in vault.file.parent.iterdir()] == ["master.key"]
         # What it takes to look for ciphertext elsewhere is more than any other job may read.
         vault.deployment.query(f"GRANT pg_read_all_data TO {role}")
         vault.deployment.cli("runs", "resume", "last", "--inline", env={"DATABASE_URL": least})
