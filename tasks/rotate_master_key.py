@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LONGEST = timedelta(days=3650)
 # Discovery and making ready go on side by side; each later stage waits for the one before.
 _READY, _CATCH_UP, _CUT_OVER, _SWEEP = range(4)
-# What a server was about to write comes at once, and nobody can read it until it is swept: first looks follow quickly,
+# What a server was about to write comes at once, and nobody can read it until it is swept: the first looks are quick,
 # and the rests between clean ones add up to a second.
 _REST = 0.1
 _QUICK_SWEEPS = 20

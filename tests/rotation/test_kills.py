@@ -16,7 +16,7 @@ import pytest
 from tasks.rotate_master_key import RotateMasterKey
 from tests.faults.evidence import check_anchored, complete
 from tests.rotation.vault import Vault
-from worker import audit, config, cutover, discovery, keyfile, ledger, logs, masterkeys
+from worker import audit, config, cutover, discovery, keyfile, keyring, ledger, logs, masterkeys
 from worker.ciphertext import Ciphertext
 from worker.keyring import MasterKey
 from worker.operations import Operations
@@ -136,7 +136,7 @@ def begin(vault: Vault) -> UUID:
 def staged(vault: Vault, run: UUID) -> MasterKey | None:
     """The generated key beside the key file."""
     path = keyfile.staged_path(vault.file, masterkeys.staged_name(run))
-    return keyfile.read(path) if path.exists() else None
+    return keyring.read(path) if path.exists() else None
 
 
 def cut_over(vault: Vault) -> bool:
