@@ -28,6 +28,7 @@ class RetireMasterKey(Job):
     name = "retire-master-key"
     action = "maintenance.master_key_retired"
     read_committed = True
+    reads_everything = True
 
     key: str | None = param(None, metavar="FINGERPRINT", help="This old key, though its time is not over.")
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import Refused, Waits
-from worker.job import Batch, Job, Plan, Right, Shard, Tally, Verdict, may_read
+from worker.job import Batch, Job, Plan, Right, Shard, Tally, Verdict
 from worker.params import RunId, param, to_json
 
 if TYPE_CHECKING:
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 _LONGEST = timedelta(days=3650)
 # Discovery and making ready go on side by side; each later stage waits for the one before.
 _READY, _CATCH_UP, _CUT_OVER, _SWEEP = range(4)
-# What a server was about to write comes at once, and nobody can read it until it is swept: the first looks are quick,
-# and the rests between clean ones add up to a second.
-_REST = 0.1
+# What a server was about to write comes at once, and nobody can read it until it is swept: so first looks are quick,
+# and the rests between clean ones add up to more than half a second.
+_REST = 0.05
 _QUICK_SWEEPS = 20
 _CLEAN_SWEEPS = 5
 # Two minutes of servers that still write with the old key are no stragglers.
 _MOST_SWEEPS = 140
+_ONE_WAY = "give just one of --new-key-file, --generate and --rollback"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class RotateMasterKey(Job):
     name = "rotate-master-key"
     action = "maintenance.master_key_rotated"
     read_committed = True
+    reads_everything = True
 
     new_key_file: str | None = param(
         None, metavar="PATH", help="The new key is in this file, which only you can read."
@@ -67,12 +69,16 @@ class RotateMasterKey(Job):
     def __post_init__(self) -> None:
         if self.cutover not in {"file", "manual"}:
             raise Refused("--cutover must be file or manual")
-        if (self.new_key_file is not None) + self.generate + (self.rollback is not None) != 1:
-            raise Refused("give just one of --new-key-file, --generate and --rollback")
+        if self._ways > 1:
+            raise Refused(_ONE_WAY)
         if self.generate and self.cutover == "manual":
             raise Refused("--generate writes beside the key file; with --cutover manual give --new-key-file")
         if not timedelta(0) < self.retire_after <= _LONGEST:
             raise Refused("--retire-after must be above zero and at most 3650d")
+
+    @property
+    def _ways(self) -> int:
+        return (self.new_key_file is not None) + self.generate + (self.rollback is not None)
 
     @property
     def activity(self) -> str:
@@ -97,13 +103,12 @@ class RotateMasterKey(Job):
     @classmethod
     def rights(cls, layout: Layout) -> Iterable[Right]:
         for carrier in layout.carriers:
-            # The digest of everything else in a row reads all of its columns.
-            yield Right(verb="SELECT", table=carrier.table)
             # Of the whole table: PostgreSQL asks for no less of who locks it, though one column is all we change.
             yield Right(verb="UPDATE", table=carrier.table)
-            yield from may_read(carrier.reads)
 
     def check(self, means: Means) -> None:
+        if not self._ways:
+            raise Refused(_ONE_WAY)
         means.rotating(self).require_possible(self)
 
     def foresee(self, means: Means) -> None:

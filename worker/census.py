@@ -59,7 +59,7 @@ def count(connection: sa.Connection, layout: Layout, resealer: Resealer, *, new_
     for carrier in layout.carriers:
         total = census.setdefault(carrier.name, Census())
         ciphertext = Ciphertext(connection, carrier, layout.scheme)
-        for key, _, version, _, company, digest, text in ciphertext.rows(sa.true(), company=True):
+        for key, _, version, _, company, digest, text in ciphertext.every(company=True):
             one = resealer.count(text, digest, new_first=new_first)
             total += one
             if one.old:

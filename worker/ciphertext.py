@@ -7,7 +7,9 @@ only while it lasts. Whoever changes a row makes it another, which is looked at 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 from uuid import UUID
@@ -19,12 +21,14 @@ from worker import db
 from worker.db import Tid
 from worker.job import Amount, Tally
 from worker.ledger import SCHEMA
-from worker.reseal import Census, Resealer
 
 if TYPE_CHECKING:
     from worker.layouts.model import Carrier
+    from worker.reseal import Resealer
 
 _SPOOL = 16 << 20
+_WINDOW_BYTES = 12 << 20
+_STEP = 16
 _DIGESTLESS = ("json", "xml")
 
 
@@ -62,11 +66,10 @@ _VERSION: sa.ColumnClause[Any] = sa.column("xmin", _Xid())
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """What a look found: envelopes by key, rows made ready, and the keys of rows that need nothing."""
+    """What a look found: rows made ready, and the keys of rows that need nothing."""
 
-    census: Census
-    ready: int = 0
-    done: tuple[str, ...] = ()
+    ready: int
+    done: tuple[str, ...]
 
 
 class Ciphertext:
@@ -97,32 +100,62 @@ class Ciphertext:
 
     # -- looking ------------------------------------------------------------------------------------
 
+    def window(self, first: int, end: int | None, *, rest: bool = False, company: bool = False) -> list[list[bytes]]:
+        """The same as `rows`, of these blocks; read in one piece, which costs half of a stream."""
+        cells = self._cells(rest=rest, company=company)
+        parts: list[sa.ColumnElement[Any]] = []
+        for cell in cells:
+            parts += [sa.literal_column("E'\\x02'"), sa.cast(cell, sa.Text)]
+        # `concat` takes NULL for nothing; no cell has a line break, for JSON escapes its own.
+        line = sa.func.concat(*parts[1:])
+        where = self._holding(self.within(first, end))
+        query = sa.select(sa.func.string_agg(line, sa.literal_column("E'\\n'"))).select_from(self._carrier.table)
+        found = self._connection.execute(query.where(where)).scalar_one()
+        return [one.split(b"\x02") for one in found.encode().split(b"\n")] if found else []
+
+    def every(self, *, company: bool = False) -> Iterator[list[bytes]]:
+        """All rows that may hold ciphertext, window by window."""
+        # One window ahead: the server reads it while the one before is opened. Nobody else uses the connection then.
+        with ThreadPoolExecutor(1) as ahead:
+            waiting = deque[Future[list[list[bytes]]]]()
+            for first, end in windows(self._connection, self._carrier):
+                waiting.append(ahead.submit(self.window, first, end, company=company))
+                if len(waiting) > 1:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+
     def rows(
-        self, where: sa.ColumnElement[bool], *, rest: bool = False, company: bool = False, most: int | None = None
+        self, where: sa.ColumnElement[bool], *, rest: bool = False, most: int | None = None
     ) -> Iterator[list[bytes]]:
         """(key, place, version, rest, company, digest, text) of rows that may hold ciphertext, in a stream."""
-        carrier = self._carrier
-        text = sa.cast(carrier.column, sa.Text)
-        nothing = sa.null()
-        query = (
-            sa.select(
-                carrier.key,
-                _PLACE,
-                _VERSION,
-                self._rest() if rest else nothing,
-                carrier.company if company else nothing,
-                carrier.digest if carrier.digest is not None else nothing,
-                text,
-            )
-            .select_from(carrier.table)
-            # After the other terms: it makes the whole value into text.
-            .where(sa.case((where, text.like(f"%{self._scheme}%")), else_=sa.false()), where)
-            .limit(most)
-        )
+        query = sa.select(*self._cells(rest=rest, company=False)).select_from(self._carrier.table)
+        query = query.where(self._holding(where)).limit(most)
         statement, parameters = db.copy_statement(self._connection, query)
         with db.driver(self._connection).cursor() as cursor, cursor.copy(statement, parameters) as copy:
             for line in copy:
                 yield bytes(line)[:-1].split(b"\x02")
+
+    def _cells(self, *, rest: bool, company: bool) -> list[sa.ColumnElement[Any]]:
+        carrier = self._carrier
+        return [
+            carrier.key,
+            _PLACE,
+            _VERSION,
+            self._rest() if rest else sa.null(),
+            carrier.company if company else sa.null(),
+            carrier.digest if carrier.digest is not None else sa.null(),
+            sa.cast(carrier.column, sa.Text),
+        ]
+
+    def _holding(self, where: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        """Of these rows those with ciphertext; where that is the whole value, whoever reads it sees as much."""
+        column = self._carrier.column
+        if self._carrier.fresh:
+            return sa.and_(where, column.is_not(None))
+        # After the other terms: it makes the whole value into text.
+        holds = sa.cast(column, sa.Text).like(f"%{self._scheme}%")
+        return sa.and_(where, sa.case((where, holds), else_=sa.false()))
 
     def _rest(self) -> sa.ColumnElement[Any]:
         """A digest of every other column of a row."""
@@ -136,17 +169,24 @@ class Ciphertext:
 
     # -- making ready -------------------------------------------------------------------------------
 
-    def take(self, run: UUID, where: sa.ColumnElement[bool], resealer: Resealer, *, again: bool) -> Taken:
-        """Seal anew, beside the table, what the old key opens in these rows. Nobody waits for it.
+    def take_window(self, run: UUID, first: int, end: int | None, resealer: Resealer) -> int:
+        """Seal anew, beside the table, what the old key opens in these blocks; how many rows. Nobody waits for it."""
+        ready, _ = self._take(run, self.window(first, end, rest=True), resealer, again=False)
+        return ready
 
-        `again`: rows may have been made ready before, in another state.
-        """
-        census, ready, done, taken = Census(), 0, list[str](), list[str]()
+    def take(self, run: UUID, where: sa.ColumnElement[bool], resealer: Resealer) -> Taken:
+        """The same for rows that may have been made ready before, in another state."""
+        ready, done = self._take(run, self.rows(where, rest=True), resealer, again=True)
+        return Taken(ready=ready, done=tuple(done))
+
+    def _take(
+        self, run: UUID, rows: Iterable[list[bytes]], resealer: Resealer, *, again: bool
+    ) -> tuple[int, list[str]]:
+        ready, done, taken = 0, list[str](), list[str]()
         prefix = f"{run}\x02{self._carrier.name}\x02".encode()
         with tempfile.SpooledTemporaryFile(max_size=_SPOOL) as spool:
-            for key, place, version, rest, _, _, text in self.rows(where, rest=True):
-                value, one = resealer.reseal(text)
-                census += one
+            for key, place, version, rest, _, _, text in rows:
+                value = resealer.reseal(text)
                 if value is not None:
                     ready += 1
                     spool.write(b"%b%b\x02%b\x02%b\x02%b\x02%b\n" % (prefix, key, place, version, rest, value))
@@ -155,7 +195,7 @@ class Ciphertext:
             self._forget(run, taken)
             spool.seek(0)
             self._put(spool)
-        return Taken(census=census, ready=ready, done=tuple(done))
+        return ready, done
 
     def _forget(self, run: UUID, keys: list[str]) -> None:
         """Drop what was made ready of these rows in a state they are no longer in."""
@@ -242,22 +282,22 @@ def _columns(connection: sa.Connection, table: sa.Table) -> list[tuple[str, str]
     return [(row[0], row[1]) for row in connection.execute(_COLUMNS, {"name": quoted})]
 
 
-def windows(connection: sa.Connection, carrier: Carrier, *, most: int) -> list[tuple[int, int | None]]:
-    """Ranges of the table's blocks with about `most` bytes of the column each; the last has no end."""
+def windows(connection: sa.Connection, carrier: Carrier) -> list[tuple[int, int | None]]:
+    """Ranges of the table's blocks whose ciphertext fits in memory; the last has no end."""
     quoted = connection.dialect.identifier_preparer.format_table(carrier.table)
     column = connection.dialect.identifier_preparer.quote(carrier.column.name)
     # TOASTed values count with what they take outside the table, so the blocks' own number says too little.
     query = sa.text(
         f"""
         SELECT place, sum(pg_column_size({column}) * 2 + 64)
-        FROM (SELECT ((ctid::text::point)[0]::bigint / 16) * 16 AS place, {column} FROM {quoted}
+        FROM (SELECT (ctid::text::point)[0]::bigint / {_STEP} * {_STEP} AS place, {column} FROM {quoted}
               WHERE {column} IS NOT NULL) held
         GROUP BY place ORDER BY place
         """
     )
     found, start, size = list[tuple[int, int | None]](), 0, 0
     for place, held in connection.execute(query):
-        if size and size + held > most:
+        if size and size + held > _WINDOW_BYTES:
             found.append((start, int(place)))
             start, size = int(place), 0
         size += int(held)

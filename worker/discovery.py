@@ -60,23 +60,49 @@ def shards(connection: sa.Connection, layout: Layout, allowed: tuple[str, ...]) 
             (schema, table), {"schema": schema, "table": table, "blocks": blocks, "columns": [], "unreadable": []}
         )
         spec["columns" if readable else "unreadable"].append(column)
-    for (schema, table), spec in tables.items():
-        yield Shard(key=f"{KEY}:{schema}.{table}", rows=0, spec=spec)
+    held, blocks = list[dict[str, Any]](), 0
+    for spec in tables.values():
+        held.append(spec)
+        blocks += spec["blocks"]
+        if blocks >= _WINDOW:
+            yield _shard(held)
+            held, blocks = [], 0
+    if held:
+        yield _shard(held)
+
+
+def _shard(tables: list[dict[str, Any]]) -> Shard:
+    return Shard(key=f"{KEY}:{tables[0]['schema']}.{tables[0]['table']}", rows=0, spec={"tables": tables})
 
 
 def claim(connection: sa.Connection, scheme: str, shard: Shard, after: Mapping[str, Any] | None) -> Batch:
-    """Look into the next window of a table; the cursor carries how many rows of each column hold an envelope."""
-    spec = shard.spec
-    start = int(after["block"]) if after else 0
-    found = dict(after["found"]) if after else dict.fromkeys(spec["unreadable"], UNREADABLE)
-    # The last window has no end: the table may have grown.
-    end = start + _WINDOW if start + _WINDOW < spec["blocks"] else None
-    if spec["columns"]:
-        row = connection.execute(_query(connection, scheme, spec, start, end)).one()
+    """Look into about a window of the shard's tables; the cursor carries how many rows hold an envelope."""
+    tables = shard.spec["tables"]
+    number, start = (after["table"], after["block"]) if after else (0, 0)
+    found = dict(after["found"]) if after else {}
+    room = _WINDOW
+    while number < len(tables) and room > 0:
+        spec = tables[number]
+        # The last window of a table has no end: it may have grown.
+        end = start + room if start + room < spec["blocks"] else None
+        query = _query(connection, scheme, spec, start, end) if spec["columns"] else None
+        found |= _look(connection, query, spec, found)
+        room -= max(1, (end or spec["blocks"]) - start)
+        number, start = (number, end) if end else (number + 1, 0)
+    return Batch(after={"table": number, "block": start, "found": found}, exhausted=number == len(tables))
+
+
+def _look(
+    connection: sa.Connection, query: sa.TextClause | None, spec: Mapping[str, Any], before: Mapping[str, int | str]
+) -> Iterator[tuple[str, int | str]]:
+    name = f"{spec['schema']}.{spec['table']}"
+    for column in spec["unreadable"]:
+        yield f"{name}.{column}", UNREADABLE
+    if query is not None:
+        row = connection.execute(query).one()
         for column, number in zip(spec["columns"], row, strict=True):
             if number:
-                found[column] = found.get(column, 0) + number
-    return Batch(after={"block": start + _WINDOW, "found": found}, exhausted=end is None)
+                yield f"{name}.{column}", number + int(before.get(f"{name}.{column}", 0))
 
 
 def _query(
@@ -88,16 +114,14 @@ def _query(
     columns = ", ".join(holds.format(quote(column)) for column in spec["columns"])
     table = f"{quote(spec['schema'])}.{quote(spec['table'])}"
     until = f" AND ctid < '({end},0)'::tid" if end is not None else ""
-    return sa.text(f"SELECT {columns} FROM {table} WHERE ctid >= '({start},0)'::tid{until}").bindparams(
-        scheme=f"%{scheme}%"
-    )
+    query = f"SELECT {columns} FROM {table} WHERE ctid >= '({start},0)'::tid{until}"
+    return sa.text(query).bindparams(scheme=f"%{scheme}%")
 
 
 def found(connection: sa.Connection, run: UUID) -> dict[str, int | str]:
     """What a run's shards found so far: rows by `schema.table.column`, or why a column could not be looked into."""
-    query = sa.select(SHARDS.c.key, SHARDS.c.cursor).where(SHARDS.c.run_id == run, SHARDS.c.key.startswith(f"{KEY}:"))
-    return {
-        f"{key.removeprefix(f'{KEY}:')}.{column}": number
-        for key, cursor in connection.execute(query)
-        for column, number in (cursor or {}).get("found", {}).items()
-    }
+    query = sa.select(SHARDS.c.cursor).where(SHARDS.c.run_id == run, SHARDS.c.key.startswith(f"{KEY}:"))
+    named: dict[str, int | str] = {}
+    for cursor in connection.scalars(query):
+        named |= (cursor or {}).get("found", {})
+    return named

@@ -8,6 +8,7 @@ from __future__ import annotations
 import binascii
 import hashlib
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import lru_cache
@@ -45,6 +46,12 @@ class WrongKey(ValueError):
     """Well formed, and not sealed under this key (or altered since)."""
 
 
+_b64 = binascii.b2a_base64
+# As jsonb prints an envelope with nothing else in it, in the only spelling the app writes.
+_PRINTED = re.compile(
+    rb'\{"iv": "([A-Za-z0-9+/]{16})", "tag": "([A-Za-z0-9+/]{22}==)", "scheme": "local_encrypted_v1", '
+    rb'"ciphertext": "((?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?)"\}'
+)
 _ivs: list[tuple[bytes, str]] = []  # with their base64
 os.register_at_fork(after_in_child=_ivs.clear)
 
@@ -85,6 +92,14 @@ class Codec(ABC):
         self._ours(material)
         return {**material, **self.seal(plaintext)}
 
+    def open_text(self, text: bytes) -> bytes | None:  # noqa: ARG002 - a scheme may have a shorter way
+        """The plaintext of an envelope as jsonb prints it; None where it must be parsed. Raises WrongKey."""
+        return None
+
+    def seal_text(self, plaintext: bytes) -> bytes:
+        """A fresh envelope as JSON text."""
+        raise NotImplementedError
+
     def _ours(self, material: Mapping[str, Any]) -> None:
         # The look at the exact type spares the slow one at an ABC, once an envelope.
         if (type(material) is not dict and not isinstance(material, Mapping)) or material.get(
@@ -113,6 +128,30 @@ class LocalEncrypted(Codec):
         iv, text = _iv()
         tag, ciphertext = _sealed(self._aead, iv, plaintext)
         return {"scheme": self.scheme, "iv": text, "tag": tag, "ciphertext": ciphertext}
+
+    def open_text(self, text: bytes) -> bytes | None:
+        """A third of the time of parsing, for what nearly every row looks like."""
+        found = _PRINTED.fullmatch(text)
+        if found is None:
+            return None
+        iv, tag, ciphertext = map(binascii.a2b_base64, found.groups())
+        try:
+            return self._aead.decrypt(iv, ciphertext + tag, None)
+        except InvalidTag:
+            raise WrongKey("does not open under this key") from None
+
+    def seal_text(self, plaintext: bytes) -> bytes:
+        """Opened again before it is given out. Raises RuntimeError when that gives anything else."""
+        iv, text = _iv()
+        sealed = self._aead.encrypt(iv, plaintext, None)
+        if self._aead.decrypt(iv, sealed, None) != plaintext:
+            raise RuntimeError("an envelope does not open to what was sealed in it")
+        tag, ciphertext = _b64(sealed[-TAG_BYTES:], newline=False), _b64(sealed[:-TAG_BYTES], newline=False)
+        return b'{"iv": "%b", "tag": "%b", "scheme": "local_encrypted_v1", "ciphertext": "%b"}' % (
+            text.encode(),
+            tag,
+            ciphertext,
+        )
 
 
 class Pbkdf2(Codec):

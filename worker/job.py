@@ -238,6 +238,8 @@ class Job(abc.ABC):
     destructive: ClassVar[bool] = True
     # Whether a bite sees what others commit while it runs: for a job that first locks, then looks.
     read_committed: ClassVar[bool] = False
+    # Whether it reads every table there is, known or not. Such rights are printed only for a job asked for by name.
+    reads_everything: ClassVar[bool] = False
 
     @property
     def activity(self) -> str:

@@ -288,6 +288,15 @@ def tally(connection: sa.Connection, run: UUID) -> Tally:
     return sum((Tally.from_json(part) for part in parts), Tally())
 
 
+def stage(connection: sa.Connection, run: UUID) -> str | None:
+    """The stage a run is in, where it has more than one; None when all of them are done."""
+    shards = sa.select(SHARDS.c.key, SHARDS.c.done, SHARDS.c.stage).where(SHARDS.c.run_id == run)
+    rows = connection.execute(shards.order_by(SHARDS.c.sweep.desc(), SHARDS.c.stage, SHARDS.c.number)).all()
+    if not any(row.stage for row in rows):
+        return None
+    return next((row.key.partition(":")[0] for row in rows if not row.done), None)
+
+
 def progress(connection: sa.Connection, run: UUID) -> tuple[int, int]:
     """Rows and bites done so far."""
     query = sa.select(

@@ -83,7 +83,14 @@ class Means:
 
     def rotating(self, job: RotateMasterKey) -> Rotating:
         """What can be done to rotate the master key."""
-        return Rotating.of(self, job)
+        found = self._rotations.get(job)
+        if found is None:
+            found = self._rotations[job] = Rotating.of(self, job)
+        return found
+
+    @cached_property
+    def _rotations(self) -> dict[RotateMasterKey, Rotating]:
+        return {}
 
     def retiring(self, key: str | None) -> Retiring:
         """What can be done to retire old master keys."""

@@ -24,6 +24,7 @@ from worker import anchors, backlog, ledger, standing
 from worker.errors import WorkerError
 from worker.ledger import RUNS, SHARDS
 from worker.logs import log
+from worker.masterkeys import MASTER_KEYS
 from worker.states import State
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class LedgerCollector(Collector):
                 _run_seconds(connection),
                 *_work(connection),
                 _rests(connection),
+                *_master_keys(connection),
                 GaugeMetricFamily(
                     "paperclip_worker_receipts_not_anchored",
                     "Receipts not in the bucket",
@@ -152,6 +154,21 @@ def _rests(connection: sa.Connection) -> Metric:
     for job, kind, seconds in rows:
         family.add_metric([job, kind], float(seconds))
     return family
+
+
+def _master_keys(connection: sa.Connection) -> Iterator[Metric]:
+    """Of the keys that rotations have seen: how old each is, how much was sealed with it (NIST SP 800-38D, 8.3)."""
+    labels = ["key", "in_use"]
+    since = GaugeMetricFamily(_PREFIX + "master_key_seen_timestamp_seconds", "First seen", labels=labels)
+    found = GaugeMetricFamily(_PREFIX + "master_key_ciphertexts", "Ciphertexts at the last count", labels=labels)
+    sealed = CounterMetricFamily(_PREFIX + "master_key_sealed", "Ciphertexts sealed by rotations", labels=labels)
+    for one in connection.execute(sa.select(MASTER_KEYS).order_by(MASTER_KEYS.c.fingerprint)):
+        place = [one.fingerprint, "yes" if one.current else "no"]
+        since.add_metric(place, one.first_seen.timestamp())
+        sealed.add_metric(place, one.sealed)
+        if one.found is not None:
+            found.add_metric(place, one.found)
+    yield from (since, found, sealed)
 
 
 def _schedule(found: list[standing.Standing]) -> Iterator[Metric]:

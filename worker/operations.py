@@ -201,6 +201,7 @@ class Operations:
             tally = ledger.tally(connection, run)
             receipts = audit.recent(connection, limit=1, run=run)
             _, bites = ledger.progress(connection, run)
+            stage = ledger.stage(connection, run)
             anchored = anchors.of(connection, [one.seq for one in receipts])
         return {
             "run": str(found.id),
@@ -208,6 +209,7 @@ class Operations:
             "params": dict(found.params),
             "layout": found.layout,
             "state": found.state.value,
+            "stage": stage,
             "kept": found.state is State.KEPT,
             "horizon": found.now.isoformat(),
             "created_at": found.created_at.isoformat(),

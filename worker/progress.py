@@ -61,7 +61,8 @@ def _look(deployment: Operations, run: UUID) -> tuple[State, int, int | None, st
     with deployment.transaction(read_only=True) as connection:
         found = ledger.find(connection, str(run))
         rows, _ = ledger.progress(connection, run)
-    note = f"rests: {found.waiting}" if found.waiting else ("second sweep" if found.sweep > 1 else "")
+        stage = ledger.stage(connection, run)
+    note = f"rests: {found.waiting}" if found.waiting else ("second sweep" if found.sweep > 1 else stage or "")
     return found.state, rows, found.planned_rows, note
 
 

@@ -84,7 +84,7 @@ class Retiring:
         found = 0
         for one in (rotation for rotation in self.due if rotation.run_id == run):
             for _, ciphertext in self._each():
-                taken = ciphertext.take(self._run, ciphertext.within(0, None), self._resealer(one), again=True)
+                taken = ciphertext.take(self._run, ciphertext.within(0, None), self._resealer(one))
                 found += taken.ready
         return found
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from worker.masterkeys import Keys, Rotation
     from worker.means import Means
 
-_WINDOW_BYTES = 12 << 20
 # So many rows written meanwhile are few enough to be made ready while writers wait.
 _FEW = 2_000
 _MOST_ROUNDS = 20
@@ -115,14 +114,14 @@ class Rotating:
         seen = census.sampled(self._connection, self._layout, self._resealer)
         if not (seen.old or seen.new):
             # The first rows may be the ones that a lost key sealed.
-            self._require_counted(self._counted())
+            self._require_counted(self._counted)
 
     def counted_before(self) -> Counted:
         """Every ciphertext by its key. Refused when there is none, or the key in use opens none."""
-        counted = self._counted()
-        self._require_counted(counted)
-        return counted
+        self._require_counted(self._counted)
+        return self._counted
 
+    @cached_property
     def _counted(self) -> Counted:
         return census.count(self._connection, self._layout, self._resealer, new_first=False)
 
@@ -150,7 +149,7 @@ class Rotating:
 
     def begin(self, job: RotateMasterKey) -> Rotating:
         """Open the journal: new key staged beside the old, old key sealed under the new."""
-        counted = self._counted()
+        counted = self._counted
         if counted.total.lost > job.allow_undecryptable:
             raise Refused(
                 f"{counted.total.lost} ciphertexts open with no key (`plan` lists them); "
@@ -160,6 +159,7 @@ class Rotating:
         if job.file and self.keys.source.path is not None:
             keyfile.stage(self.keys.source.path, new, masterkeys.staged_name(self._run))
         self._connection.execute(sa.delete(RESEALED))
+        masterkeys.seen(self._connection, self.keys.old.fingerprint, found=counted.total.old, current=True)
         derived = issubclass(CODECS[self._layout.scheme], Pbkdf2)
         masterkeys.begin(
             self._connection,
@@ -187,7 +187,7 @@ class Rotating:
     def ready_shards(self, *, stage: int) -> Iterator[Shard]:
         """Every carrier's table in ranges of blocks whose ciphertext fits in memory."""
         for carrier in self._layout.carriers:
-            for first, end in windows(self._connection, carrier, most=_WINDOW_BYTES):
+            for first, end in windows(self._connection, carrier):
                 spec = {"carrier": carrier.name, "first": first, "end": end}
                 yield Shard(key=f"make-ready:{carrier.name}:{first}", rows=0, spec=spec, stage=stage)
 
@@ -226,7 +226,7 @@ class Rotating:
         ready = 0
         for _, one in self._each():
             where = sa.true() if everything else one.since(journal.horizon)
-            ready += one.take(self._run, where, self._resealer, again=True).ready
+            ready += one.take(self._run, where, self._resealer).ready
         return ready
 
     def _stands(self) -> bool:
@@ -260,7 +260,7 @@ class Rotating:
     def _make_ready(self, name: str, first: int, end: int | None) -> None:
         for carrier, ciphertext in self._each():
             if carrier.name == name:
-                ciphertext.take(self._run, ciphertext.within(first, end), self._resealer, again=False)
+                ciphertext.take_window(self._run, first, end, self._resealer)
                 return
         raise Refused(f"this release does not know {name}; resume with the release that began the rotation")
 
@@ -295,7 +295,7 @@ class Rotating:
             readiness.mark(self._connection, self._layout, self._run)
         for carrier, ciphertext in self._each():
             newer = ciphertext.since(journal.horizon, but=journal.cut_over_by)
-            taken = ciphertext.take(self._run, sa.true() if everything or lost else newer, self._resealer, again=True)
+            taken = ciphertext.take(self._run, sa.true() if everything or lost else newer, self._resealer)
             ready += taken.ready
             fresh += taken.done if carrier.fresh else ()
         if everything or lost:

@@ -118,9 +118,9 @@ def _write(vault: Vault, connection: psycopg.Connection[Any], rng: random.Random
     elif choice == "run" and runs:
         _rewrite(vault, connection, rng, rng.choice(runs), value)
     elif choice == "delete" and versions:
-        row = rng.choice(versions)
-        connection.execute("DELETE FROM company_secret_versions WHERE id = %s", [row])
-        del vault.held["company_secret_versions", row]
+        gone = rng.choice(versions)
+        connection.execute("DELETE FROM company_secret_versions WHERE id = %s", [gone])
+        del vault.held["company_secret_versions", gone]
     elif choice == "touch" and versions:
         query = "UPDATE company_secret_versions SET status = 'previous' WHERE id = %s"
         connection.execute(query, [rng.choice(versions)])

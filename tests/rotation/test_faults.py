@@ -262,7 +262,9 @@ def test_the_printed_grants_are_enough_to_rotate(vault: Vault) -> None:
     vault.deployment.query(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
     try:
         with vault.connect() as connection:
-            connection.execute(vault.deployment.cli("db", "grants", "--role", role).stdout.encode())
+            connection.execute(
+                vault.deployment.cli("db", "grants", "--role", role, "--job", "rotate-master-key").stdout.encode()
+            )
         url = vault.deployment.environment["DATABASE_URL"]
         least = url.replace(url.split("@")[0], f"postgres://{role}:x")
         words = ("run", "rotate-master-key", "--generate", "--inline", "--yes")

@@ -35,6 +35,11 @@ _DUMMY = {
 }
 
 
+def _dummy(kind: str) -> Any:
+    make: Any = _DUMMY[kind]
+    return make()
+
+
 def codec(layout: str, key: MasterKey) -> Codec:
     made = CODECS[layouts.LAYOUTS[layout].scheme]
     if made is Pbkdf2:
@@ -61,7 +66,7 @@ class Vault:
     def insert(self, connection: psycopg.Connection[Any], table: str, **values: Any) -> UUID:
         """A row with these values, and something in every other column that needs a value."""
         fact = load(self.layout).tables[table]
-        row = {n: _DUMMY[c.type]() for n, c in fact.columns.items() if not c.nullable and n not in values}
+        row = {n: _dummy(c.type) for n, c in fact.columns.items() if not c.nullable and n not in values}
         row = {**row, "id": uuid4()} | values
         names = sql.SQL(", ").join(map(sql.Identifier, row))
         cells = [json.dumps(one) if isinstance(one, dict | list) else one for one in row.values()]

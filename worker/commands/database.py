@@ -87,7 +87,11 @@ def _jobs(layout: str, connection: object) -> dict[str, list[str]]:
     help="Print for this layout without asking a database.  [default: the live database's]",
 )
 @click.option(
-    "--job", "names", metavar="JOB", multiple=True, help="Only what this job needs; repeatable.  [default: all jobs]"
+    "--job",
+    "names",
+    metavar="JOB",
+    multiple=True,
+    help="Only what this job needs; repeatable.  [default: all but those that handle the master key]",
 )
 def grants(role: str, layout: str | None, names: tuple[str, ...]) -> None:
     """Print the SQL that gives a role just the privileges the jobs need. Changes nothing.
@@ -97,7 +101,8 @@ def grants(role: str, layout: str | None, names: tuple[str, ...]) -> None:
     from worker import grants as sql
     from worker import layouts, registry
 
-    jobs = [registry.job(name) for name in names] or list(registry.jobs().values())
+    ordinary = [job for job in registry.jobs().values() if not job.reads_everything]
+    jobs = [registry.job(name) for name in names] or ordinary
 
     if layout is None:
         with common.operations().transaction(read_only=True) as connection:
