@@ -194,11 +194,12 @@ class Rotating:
     def discovery_shards(self, allowed: Iterable[str], *, stage: int) -> Iterator[Shard]:
         """Every other text and JSON column of the database, to be looked into. Refused where one cannot be."""
         shards = list(discovery.shards(self._connection, self._layout, tuple(allowed)))
-        unread = [f"{one.spec['schema']}.{one.spec['table']}.{c}" for one in shards for c in one.spec["unreadable"]]
+        tables = [table for one in shards for table in one.spec["tables"]]
+        unread = [f"{one['schema']}.{one['table']}.{column}" for one in tables for column in one["unreadable"]]
         if unread:
             raise Refused(
-                f"{len(unread)} columns cannot be looked into, {unread[0]} among them: while the master key is "
-                "rotated, GRANT pg_read_all_data to the worker's role, or name them with --allow-column"
+                f"{len(unread)} columns cannot be looked into, {unread[0]} among them; apply the SQL "
+                "that `paperclip-worker db grants --job rotate-master-key` prints, or name them with --allow-column"
             )
         for shard in shards:
             yield replace(shard, stage=stage)

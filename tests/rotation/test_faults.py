@@ -257,7 +257,7 @@ def test_one_rotation_at_a_time(released_vault: Vault) -> None:
 
 
 def test_the_printed_grants_are_enough_to_rotate(vault: Vault) -> None:
-    """PostgreSQL lets nobody lock a table who may only update a column of it."""
+    """PostgreSQL lets nobody lock a table who may only update a column of it; and all of the database is read."""
     role = f"rotator_{os.getpid()}_{vault.layout}"
     vault.deployment.query(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
     try:
@@ -267,12 +267,12 @@ def test_the_printed_grants_are_enough_to_rotate(vault: Vault) -> None:
             )
         url = vault.deployment.environment["DATABASE_URL"]
         least = url.replace(url.split("@")[0], f"postgres://{role}:x")
+        vault.deployment.query(f"REVOKE pg_read_all_data FROM {role}")
         words = ("run", "rotate-master-key", "--generate", "--inline", "--yes")
         done = vault.deployment.cli(*words, ok=False, env={"DATABASE_URL": least})
         assert done.returncode != 0
-        assert "GRANT pg_read_all_data" in done.stderr
+        assert "columns cannot be looked into" in done.stderr
         assert [one.name for one in vault.file.parent.iterdir()] == ["master.key"]
-        # What it takes to look for ciphertext elsewhere is more than any other job may read.
         vault.deployment.query(f"GRANT pg_read_all_data TO {role}")
         vault.deployment.cli("runs", "resume", "last", "--inline", env={"DATABASE_URL": least})
         assert vault.now != vault.key
