@@ -268,10 +268,12 @@ def test_the_printed_grants_are_enough_to_rotate(vault: Vault) -> None:
         url = vault.deployment.environment["DATABASE_URL"]
         least = url.replace(url.split("@")[0], f"postgres://{role}:x")
         vault.deployment.query(f"REVOKE pg_read_all_data FROM {role}")
+        vault.deployment.query(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
+        vault.deployment.query(f"REVOKE SELECT ON agent_api_keys FROM {role}")
         words = ("run", "rotate-master-key", "--generate", "--inline", "--yes")
         done = vault.deployment.cli(*words, ok=False, env={"DATABASE_URL": least})
         assert done.returncode != 0
-        assert "columns cannot be looked into" in done.stderr
+        assert "columns cannot be looked into, public.agent_api_keys." in done.stderr
         assert [one.name for one in vault.file.parent.iterdir()] == ["master.key"]
         vault.deployment.query(f"GRANT pg_read_all_data TO {role}")
         vault.deployment.cli("runs", "resume", "last", "--inline", env={"DATABASE_URL": least})
