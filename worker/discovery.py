@@ -22,12 +22,13 @@ KEY = "discover"
 _WINDOW = 4_096
 UNREADABLE = "cannot be read"
 
-# Partitions are read as what they are, tables; what is ours, temporary or the server's own is not the host's.
+# Of the whole table: where only some columns may be read, its windows may not. Partitions are read as what they are,
+# tables; what is ours, temporary or the server's own is not the host's.
 _COLUMNS = sa.text(
     """
     SELECT space.nspname, relation.relname, attribute.attname,
            has_schema_privilege(space.oid, 'USAGE')
-             AND has_column_privilege(relation.oid, attribute.attnum, 'SELECT') AS readable,
+             AND has_table_privilege(relation.oid, 'SELECT') AS readable,
            pg_relation_size(relation.oid) / current_setting('block_size')::bigint AS blocks
     FROM pg_catalog.pg_class relation
     JOIN pg_catalog.pg_namespace space ON space.oid = relation.relnamespace

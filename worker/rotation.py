@@ -207,8 +207,16 @@ class Rotating:
                 yield Shard(key=f"make-ready:{carrier.name}:{first}", rows=0, spec=spec, stage=stage)
 
     def discovery_shards(self, allowed: Iterable[str], *, stage: int) -> Iterator[Shard]:
-        """Every other text and JSON column of the database, to be looked into."""
-        for shard in discovery.shards(self._connection, self._layout, tuple(allowed)):
+        """Every other text and JSON column of the database, to be looked into. Refused where one cannot be."""
+        shards = list(discovery.shards(self._connection, self._layout, tuple(allowed)))
+        tables = [table for one in shards for table in one.spec["tables"]]
+        unread = [f"{one['schema']}.{one['table']}.{column}" for one in tables for column in one["unreadable"]]
+        if unread:
+            raise Refused(
+                f"{len(unread)} columns cannot be looked into, {unread[0]} among them; apply the SQL "
+                "that `paperclip-worker db grants --job rotate-master-key` prints, or name them with --allow-column"
+            )
+        for shard in shards:
             yield replace(shard, stage=stage)
 
     # -- bites --------------------------------------------------------------------------------------

@@ -113,8 +113,8 @@ def _write(vault: Vault, connection: psycopg.Connection[Any], rng: random.Random
     elif choice == "proposal":
         company, sealed = vault.secret(connection)[1], vault.seal(value)
         time.sleep(rng.random() * 0.03)
-        row = vault.insert(connection, "company_secret_proposals", company_id=company, value_ciphertext=sealed)
-        vault.held["company_secret_proposals", str(row)] = Counter([value])
+        added = vault.insert(connection, "company_secret_proposals", company_id=company, value_ciphertext=sealed)
+        vault.held["company_secret_proposals", str(added)] = Counter([value])
     elif choice == "run" and runs:
         _rewrite(vault, connection, rng, rng.choice(runs), value)
     elif choice == "delete" and versions:

@@ -256,8 +256,8 @@ def test_one_rotation_at_a_time(released_vault: Vault) -> None:
     assert "already under way" in done.stderr
 
 
-def test_the_printed_grants_are_enough(vault: Vault) -> None:
-    """PostgreSQL lets nobody lock a table who may only update a column of it."""
+def test_the_printed_grants_are_enough_to_rotate(vault: Vault) -> None:
+    """PostgreSQL lets nobody lock a table who may only update a column of it; and all of the database is read."""
     role = f"rotator_{os.getpid()}_{vault.layout}"
     vault.deployment.query(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
     try:
@@ -267,10 +267,17 @@ def test_the_printed_grants_are_enough(vault: Vault) -> None:
             )
         url = vault.deployment.environment["DATABASE_URL"]
         least = url.replace(url.split("@")[0], f"postgres://{role}:x")
-        result = vault.deployment.cli(
-            "run", "rotate-master-key", "--generate", "--inline", "--yes", "--json", env={"DATABASE_URL": least}
-        )
-        assert '"kept": true' in result.stdout
+        vault.deployment.query(f"REVOKE pg_read_all_data FROM {role}")
+        vault.deployment.query(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
+        vault.deployment.query(f"REVOKE SELECT ON agent_api_keys FROM {role}")
+        words = ("run", "rotate-master-key", "--generate", "--inline", "--yes")
+        done = vault.deployment.cli(*words, ok=False, env={"DATABASE_URL": least})
+        assert done.returncode != 0
+        assert "columns cannot be looked into, public.agent_api_keys." in done.stderr
+        assert [one.name for one in vault.file.parent.iterdir()] == ["master.key"]
+        vault.deployment.query(f"GRANT pg_read_all_data TO {role}")
+        vault.deployment.cli("runs", "resume", "last", "--inline", env={"DATABASE_URL": least})
+        assert vault.now != vault.key
         assert vault.opened(vault.now) == vault.held
     finally:
         vault.deployment.query(f"DROP OWNED BY {role}")
