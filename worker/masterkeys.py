@@ -201,6 +201,8 @@ def destroy(connection: sa.Connection, rotation: Rotation, *, by: UUID) -> None:
     """Drop an old key for good: nothing can be opened with it any more, nor rolled back to it."""
     values = {"sealed": None, "retired_at": sa.func.clock_timestamp(), "retired_by": str(by)}
     connection.execute(sa.update(ROTATIONS).where(ROTATIONS.c.old_key == rotation.old_key).values(values))
+    # What lies under the seal of this key can be opened no more.
+    connection.execute(sa.update(ROTATIONS).where(ROTATIONS.c.new_key == rotation.old_key).values(sealed=None))
 
 
 def permit(connection: sa.Connection, run: UUID, *, by: str) -> None:

@@ -35,7 +35,9 @@ class Retiring:
         held = masterkeys.under_seal(self._connection)
         if self._key is not None:
             return [one for one in held if one.old_key == self._key][:1]
-        return [one for one in held if one.retire_after is not None and one.retire_after <= self._means.now]
+        over = [one for one in held if one.retire_after is not None and one.retire_after <= self._means.now]
+        # After a rollback the key in use lies under a seal as well.
+        return [one for one in over if one.old_key != self._current.fingerprint]
 
     @cached_property
     def _keys(self) -> dict[str, MasterKey]:
@@ -59,7 +61,7 @@ class Retiring:
             if one.old_key == self._current.fingerprint:
                 raise Refused(f"the key {one.old_key} is the one in use; it cannot be retired")
         for one in masterkeys.under_seal(self._connection):
-            if one.new_key in going and one.old_key not in going:
+            if one.new_key in going and one.old_key not in {*going, self._current.fingerprint}:
                 raise Refused(f"the key {one.old_key} is sealed under {one.new_key}; retire {one.old_key} first")
 
     def _resealer(self, rotation: Rotation) -> Resealer:

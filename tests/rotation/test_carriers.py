@@ -142,7 +142,7 @@ def test_another_column_that_changes_with_the_ciphertext_breaks_the_promise(vaul
 
 
 def test_a_large_deployment_is_made_ready_in_several_ranges(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.rotation._WINDOW_BYTES", 1 << 16)
+    monkeypatch.setattr("worker.ciphertext._WINDOW_BYTES", 1 << 16)
     with vault.connect() as connection:
         for number in range(300):
             vault.add_version(connection, f"{number}" + "v" * 1_200)

@@ -107,7 +107,7 @@ def test_a_row_that_somebody_holds_is_waited_for(vault: Vault) -> None:
     steps.work_until(vault, run, steps.CUT_OVER)
     runner = vault.deployment.with_settings(lock_timeout="0.1").runner()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worker.cutover._WRITERS", "100ms")
+        patch.setattr("worker.cutover._WRITERS", 0.1)
         with psycopg.connect(vault.deployment.environment["DATABASE_URL"]) as other:
             other.execute("UPDATE company_secret_versions SET version = version + 20000000")
             assert runner.work(run, seconds=0) is Outcome.MORE
@@ -124,9 +124,9 @@ def test_conflicts_without_end_fail_the_run_before_its_cut_over(
     run = steps.start(vault, generate=True)
     steps.work_until(vault, run, steps.CUT_OVER)
     monkeypatch.setattr("worker.runner._LONGEST_REST", 0.0)
-    monkeypatch.setattr("worker.cutover._WRITERS", "20ms")
+    monkeypatch.setattr("worker.cutover._WRITERS", 0.02)
     with psycopg.connect(vault.deployment.environment["DATABASE_URL"]) as other:
-        other.execute("UPDATE company_secrets SET company_id = company_id")
+        other.execute("UPDATE company_secret_versions SET version = version + 20000000")
         with pytest.raises(Contended):
             vault.deployment.operations.runner().work(run, seconds=60)
     assert vault.deployment.operations.result(run)["state"] == "failed"

@@ -10,6 +10,8 @@ from worker.commands import common, jobs
 from worker.errors import Refused
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from worker.masterkeys import Rotation
     from worker.operations import Operations
 
@@ -37,7 +39,8 @@ def list_keys(as_json: bool) -> None:
         ledger.require(connection)
         rotations = masterkeys.every(connection)
         counted = {one["fingerprint"]: one for one in masterkeys.counts(connection)}
-    source, found = _in_use(deployment), [_row(one) for one in rotations]
+    undone = {one.rolls_back for one in rotations if one.finished_at}
+    source, found = _in_use(deployment), [_row(one, undone) for one in rotations]
     if as_json:
         common.print_json({"in_use": source, "rotations": found, "keys": list(counted.values())})
         return
@@ -56,8 +59,10 @@ def _in_use(deployment: Operations) -> dict[str, Any]:
     return {"fingerprint": source.key.fingerprint, "from": str(source.path or "PAPERCLIP_SECRETS_MASTER_KEY")}
 
 
-def _row(one: Rotation) -> dict[str, Any]:
-    if one.retired_at:
+def _row(one: Rotation, undone: set[UUID | None]) -> dict[str, Any]:
+    if one.run_id in undone:
+        state = "rolled back"
+    elif one.retired_at:
         state = "retired"
     elif one.finished_at:
         state = "under seal"
