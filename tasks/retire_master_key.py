@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from tasks.rotate_master_key import RotateMasterKey
-from worker.job import Batch, Job, Plan, Right, Shard, Tally, Target, Verdict
+from worker.job import Batch, Job, Overdue, Plan, Right, Shard, Tally, Target, Verdict
 from worker.params import param, to_json
 
 if TYPE_CHECKING:
@@ -68,6 +68,11 @@ class RetireMasterKey(Job):
             left=(),
             notes=tuple(notes) or ("no key under seal is due",),
         )
+
+    def overdue(self, means: Means) -> tuple[Overdue, ...]:
+        due = means.retiring(self.key).due
+        oldest = min((one.retire_after for one in due if one.retire_after is not None), default=None)
+        return (Overdue(table="rotations", rows=len(due), oldest=oldest),)
 
     def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:
         for rotation in means.retiring(self.key).due:

@@ -30,22 +30,27 @@ _DECODER = json.JSONDecoder()
 
 @dataclass(slots=True)
 class Census:
-    """Envelopes by the key that opens them; `lost`: by neither; `odd`: to other bytes than their digest says."""
+    """Envelopes by the key that opens them; `lost`: by neither; `odd`: to other bytes than their digest says.
+
+    `other`: values of another scheme, which are none of ours.
+    """
 
     old: int = 0
     new: int = 0
     lost: int = 0
     odd: int = 0
+    other: int = 0
 
-    def __iadd__(self, other: Census) -> Census:
-        self.old += other.old
-        self.new += other.new
-        self.lost += other.lost
-        self.odd += other.odd
+    def __iadd__(self, more: Census) -> Census:
+        self.old += more.old
+        self.new += more.new
+        self.lost += more.lost
+        self.odd += more.odd
+        self.other += more.other
         return self
 
     def to_json(self) -> dict[str, int]:
-        return {"old": self.old, "new": self.new, "lost": self.lost, "odd": self.odd}
+        return {"old": self.old, "new": self.new, "lost": self.lost, "odd": self.odd, "other": self.other}
 
 
 def resealer(
@@ -104,6 +109,8 @@ class Resealer:
             if (plaintext := first.open_text(text)) is not None:
                 odd = int(bool(digest) and sha256(plaintext).hexdigest().encode() != digest)
                 return Census(new=1, odd=odd) if first is self._new else Census(old=1, odd=odd)
+        if self._marker not in text:
+            return Census(other=1)
         census = Census()
         for _, _, envelope in self._envelopes(text):
             plaintext = self._opened(self._new, envelope) if new_first else None

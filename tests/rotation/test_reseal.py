@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -67,7 +68,8 @@ def test_only_what_the_old_key_opens_differs_afterwards(document: str, data: st.
     text = _filled(document, sealed)
     found, census = RESEALER.reseal(text)
     assert census == Census(old=keys.count("old"), new=keys.count("new"), lost=keys.count("third"))
-    assert RESEALER.count(text, b"") == census
+    counted = RESEALER.count(text, b"")
+    assert counted == replace(census, other=int(OLD.scheme.encode() not in text))
     if "old" not in keys:
         assert found is None
         return

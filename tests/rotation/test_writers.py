@@ -79,7 +79,7 @@ def test_a_server_goes_on_through_a_rotation(released_vault: Vault) -> None:
     evidence = result["receipt"]["evidence"]
     assert evidence["readers_waited"] is True
     # What the server was reading opened all the same, unless the machine held it up; what it wrote late, soon after.
-    assert seen.torn <= seen.reads // 100
+    assert seen.torn <= seen.reads // 10
     switched = datetime.fromisoformat(evidence["cut_over_at"]).timestamp()
     assert all(0 < one - switched < 10 for one in seen.unread)
 
