@@ -155,7 +155,7 @@ def test_a_column_that_cannot_be_read_is_named(released_vault: Vault) -> None:
     blind = steps.with_environment(vault, DATABASE_URL=f"postgres://{role}:pw@{host}")
     try:
         run = steps.start(blind, generate=True)
-        with pytest.raises(Refused, match="2 columns cannot be looked into, plugin_x.state.value among them"):
+        with pytest.raises(Refused, match=r"2 columns cannot be looked into, plugin_x.state.value among them"):
             steps.work(blind, run)
         assert vault.now == vault.key
         again = steps.start(blind, generate=True, allow_column=("notes.body", "plugin_x.state.value"))
