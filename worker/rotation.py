@@ -152,7 +152,8 @@ class Rotating:
         new = self.keys.new.fingerprint if self.keys.new else "a key still to be made"
         yield f"keys: from {self.keys.old.fingerprint} to {new}; keep both with every backup made under them"
         for name, one in counted.by_carrier.items():
-            yield f"{name}: {one.old} under the old key, {one.new} under the new, {one.lost} under neither, {one.other} of another scheme"
+            counts = f"{one.old} under the old key, {one.new} under the new, {one.lost} under neither"
+            yield f"{name}: {counts}, {one.other} of another scheme"
         rows = sum(one.rows for one in counted.targets)
         yield f"lock: writers wait about {max(0.1, rows * _ROW_SECONDS):.1f} s at the cut-over, readers a moment"
         if counted.total.odd:
