@@ -24,7 +24,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, NoReturn  # noqa: UP035
+from typing import Iterator, NoReturn  # noqa: UP035 - the other place is not in Python 3.8
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / ".ci" / "requirements.lock"
@@ -70,7 +70,7 @@ def main(words: list[str]) -> NoReturn:
         run = rest
     sys.stdout.flush()
     try:
-        os.execvp(run[0], run)  # noqa: S606
+        os.execvp(run[0], run)  # noqa: S606 - a tool of ours, or what was asked for
     except OSError as error:
         give_up(f"cannot run {run[0]}: {error.strerror}")
 
@@ -81,7 +81,7 @@ def use_newer_python() -> NoReturn:
         found = shutil.which(name)
         # A version manager's shim may carry the name and run nothing.
         if found and subprocess.run([found, "-c", ""], check=False, stderr=subprocess.DEVNULL).returncode == 0:
-            os.execv(found, [found, *sys.argv])  # noqa: S606
+            os.execv(found, [found, *sys.argv])  # noqa: S606 - this very program again
     give_up(f"this is Python {sys.version.split()[0]} and no newer one is on PATH; install Python 3.11 or later")
 
 

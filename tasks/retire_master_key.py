@@ -79,7 +79,7 @@ class RetireMasterKey(Job):
             spec = {"rotation": str(rotation.run_id)}
             yield Shard(key=f"sweep:{rotation.old_key}", rows=plan.tally.total.rows, spec=spec)
 
-    def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:  # noqa: ARG002
+    def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:  # noqa: ARG002 - all there is, which is little
         found = means.retiring(self.key).sweep(UUID(shard.spec["rotation"]))
         return Batch(after={"found": found}, exhausted=not found, spec={"swap": bool(found)})
 

@@ -29,7 +29,6 @@ _QUICK_SWEEPS = 20
 _CLEAN_SWEEPS = 5
 # Two minutes of servers that still write with the old key are no stragglers.
 _MOST_SWEEPS = 140
-_ONE_WAY = "give just one of --new-key-file, --generate and --rollback"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +68,8 @@ class RotateMasterKey(Job):
     def __post_init__(self) -> None:
         if self.cutover not in {"file", "manual"}:
             raise Refused("--cutover must be file or manual")
-        if self._ways > 1:
-            raise Refused(_ONE_WAY)
+        if (self.new_key_file is not None) + self.generate + (self.rollback is not None) != 1:
+            raise Refused("give just one of --new-key-file, --generate and --rollback")
         if self.generate and self.cutover == "manual":
             raise Refused("--generate writes beside the key file; with --cutover manual give --new-key-file")
         if not timedelta(0) < self.retire_after <= _LONGEST:
@@ -79,10 +78,6 @@ class RotateMasterKey(Job):
     @classmethod
     def usual(cls) -> Self:
         return cls(generate=True)
-
-    @property
-    def _ways(self) -> int:
-        return (self.new_key_file is not None) + self.generate + (self.rollback is not None)
 
     @property
     def activity(self) -> str:
@@ -111,14 +106,14 @@ class RotateMasterKey(Job):
             yield Right(verb="UPDATE", table=carrier.table)
 
     def check(self, means: Means) -> None:
-        if not self._ways:
-            raise Refused(_ONE_WAY)
         means.rotating(self).require_possible(self)
 
     def foresee(self, means: Means) -> None:
         means.rotating(self).require_proven()
 
     def plan(self, means: Means) -> Plan:
+        from worker import prerequisites  # noqa: PLC0415 - reads the database, which `--help` must not pay for
+
         rotating = means.rotating(self)
         counted = rotating.counted_before()
         return Plan(
@@ -128,7 +123,7 @@ class RotateMasterKey(Job):
             now=means.now,
             targets=tuple(counted.rows[place] for place in sorted(counted.rows, key=str)),
             left=counted.left(),
-            notes=tuple(rotating.notes(counted)),
+            notes=tuple(prerequisites.notes(rotating.keys, counted)),
         )
 
     def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:
@@ -146,7 +141,7 @@ class RotateMasterKey(Job):
         full = rotating.journal is not None and rotating.journal.cut_over_at is not None
         yield Shard(key="sweep", rows=0, spec={"everything": full}, stage=_SWEEP)
 
-    def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:  # noqa: ARG002
+    def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:  # noqa: ARG002 - shards fit in memory
         rotating = means.rotating(self)
         if shard.stage == _READY:
             return rotating.claim_ready(shard, after)

@@ -23,7 +23,7 @@ from worker.job import Amount, Tally
 from worker.ledger import SCHEMA
 
 if TYPE_CHECKING:
-    from worker.layouts.model import Carrier
+    from worker.layouts.model import Carrier, Layout
     from worker.reseal import Resealer
 
 _SPOOL = 16 << 20
@@ -256,6 +256,12 @@ class Ciphertext:
             )
         )
         return self._connection.execute(query).scalar_one()
+
+
+def carried(connection: sa.Connection, layout: Layout) -> Iterator[tuple[Carrier, Ciphertext]]:
+    """Every carrier of a layout, with its rows."""
+    for carrier in layout.carriers:
+        yield carrier, Ciphertext(connection, carrier, layout.scheme)
 
 
 def tid(block: int) -> sa.ColumnElement[Any]:

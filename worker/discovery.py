@@ -5,12 +5,13 @@ A column that is not of the catalogue's carriers and holds an envelope would be 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import sqlalchemy as sa
 
+from worker.errors import Refused
 from worker.job import Batch, Shard
 from worker.ledger import SHARDS
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 KEY = "discover"
 # Blocks a bite reads, with what is TOASTed besides.
 _WINDOW = 4_096
-UNREADABLE = "cannot be read"
 
 # Of the whole table: where only some columns may be read, its windows may not. Partitions are read as what they are,
 # tables; what is ours, temporary or the server's own is not the host's.
@@ -48,7 +48,7 @@ _COLUMNS = sa.text(
 
 
 def shards(connection: sa.Connection, layout: Layout, allowed: tuple[str, ...]) -> Iterator[Shard]:
-    """One shard for each table with columns to look into."""
+    """Shards of tables with columns to look into. Refused, with one named, where a column may not be read."""
     known = {f"public.{one.name}" for one in layout.carriers} | {
         name if name.count(".") > 1 else f"public.{name}" for name in allowed
     }
@@ -60,6 +60,7 @@ def shards(connection: sa.Connection, layout: Layout, allowed: tuple[str, ...]) 
             (schema, table), {"schema": schema, "table": table, "blocks": blocks, "columns": [], "unreadable": []}
         )
         spec["columns" if readable else "unreadable"].append(column)
+    _require_readable(tables.values())
     held, blocks = list[dict[str, Any]](), 0
     for spec in tables.values():
         held.append(spec)
@@ -69,6 +70,15 @@ def shards(connection: sa.Connection, layout: Layout, allowed: tuple[str, ...]) 
             held, blocks = [], 0
     if held:
         yield _shard(held)
+
+
+def _require_readable(tables: Iterable[Mapping[str, Any]]) -> None:
+    unread = [f"{one['schema']}.{one['table']}.{column}" for one in tables for column in one["unreadable"]]
+    if unread:
+        raise Refused(
+            f"{len(unread)} columns cannot be looked into, {unread[0]} among them; apply the SQL "
+            "that `paperclip-worker db grants --job rotate-master-key` prints, or name them with --allow-column"
+        )
 
 
 def _shard(tables: list[dict[str, Any]]) -> Shard:
@@ -93,16 +103,14 @@ def claim(connection: sa.Connection, scheme: str, shard: Shard, after: Mapping[s
 
 
 def _look(
-    connection: sa.Connection, query: sa.TextClause | None, spec: Mapping[str, Any], before: Mapping[str, int | str]
-) -> Iterator[tuple[str, int | str]]:
+    connection: sa.Connection, query: sa.TextClause | None, spec: Mapping[str, Any], before: Mapping[str, int]
+) -> Iterator[tuple[str, int]]:
     name = f"{spec['schema']}.{spec['table']}"
-    for column in spec["unreadable"]:
-        yield f"{name}.{column}", UNREADABLE
     if query is not None:
         row = connection.execute(query).one()
         for column, number in zip(spec["columns"], row, strict=True):
             if number:
-                yield f"{name}.{column}", number + int(before.get(f"{name}.{column}", 0))
+                yield f"{name}.{column}", number + before.get(f"{name}.{column}", 0)
 
 
 def _readable(connection: sa.Connection, spec: Mapping[str, Any]) -> bool:
@@ -127,10 +135,10 @@ def _query(
     return sa.text(query).bindparams(scheme=f"%{scheme}%")
 
 
-def found(connection: sa.Connection, run: UUID) -> dict[str, int | str]:
-    """What a run's shards found so far: rows by `schema.table.column`, or why a column could not be looked into."""
+def found(connection: sa.Connection, run: UUID) -> dict[str, int]:
+    """What a run's shards found so far: rows by `schema.table.column`."""
     query = sa.select(SHARDS.c.cursor).where(SHARDS.c.run_id == run, SHARDS.c.key.startswith(f"{KEY}:"))
-    named: dict[str, int | str] = {}
+    named: dict[str, int] = {}
     for cursor in connection.scalars(query):
         named |= (cursor or {}).get("found", {})
     return named

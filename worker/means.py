@@ -54,6 +54,13 @@ class Means:
     contended: bool = False
     rules: Rules = IN_FORCE
 
+    @property
+    def entered(self) -> UUID:
+        """The run of this step. TypeError in a look before there is one."""
+        if self.run is None:
+            raise TypeError("this step has no run")
+        return self.run
+
     @cached_property
     def holds(self) -> Holds:
         """The legal holds in force in this transaction."""

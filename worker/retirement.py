@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from worker import census, keyring, masterkeys
-from worker.ciphertext import Ciphertext
+from worker.ciphertext import carried
 from worker.errors import Refused
 from worker.job import Finding, Tally, Verdict
 from worker.reseal import Resealer, resealer
@@ -85,14 +85,17 @@ class Retiring:
         """Make ready, under the key in use, what is still under `run`'s old key; how many rows."""
         found = 0
         for one in (rotation for rotation in self.due if rotation.run_id == run):
-            for _, ciphertext in self._each():
-                taken = ciphertext.take(self._run, ciphertext.within(0, None), self._resealer(one))
+            for _, ciphertext in carried(self._connection, self._layout):
+                taken = ciphertext.take(self._means.entered, ciphertext.within(0, None), self._resealer(one))
                 found += taken.ready
         return found
 
     def swap(self) -> Tally:
         """Put what the sweep made ready in its place."""
-        return sum((ciphertext.swap(self._run) for _, ciphertext in self._each()), Tally())
+        return sum(
+            (ciphertext.swap(self._means.entered) for _, ciphertext in carried(self._connection, self._layout)),
+            Tally(),
+        )
 
     def verdict(self) -> Verdict:
         """Whether nothing at all is left under the keys that go."""
@@ -107,17 +110,7 @@ class Retiring:
         """Drop the seals."""
         gone = [one.old_key for one in self.due]
         for one in self.due:
-            masterkeys.destroy(self._connection, one, by=self._run)
-        for _, ciphertext in self._each():
-            ciphertext.clear(self._run)
+            masterkeys.destroy(self._connection, one, by=self._means.entered)
+        for _, ciphertext in carried(self._connection, self._layout):
+            ciphertext.clear(self._means.entered)
         return {"retired": gone}
-
-    def _each(self) -> Iterator[tuple[object, Ciphertext]]:
-        for carrier in self._layout.carriers:
-            yield carrier, Ciphertext(self._connection, carrier, self._layout.scheme)
-
-    @property
-    def _run(self) -> UUID:
-        if self._means.run is None:
-            raise TypeError("this step has no run")
-        return self._means.run

@@ -16,10 +16,10 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import census, cutover, discovery, keyfile, keyring, masterkeys, readiness
-from worker.ciphertext import RESEALED, Ciphertext, windows
+from worker import census, cutover, discovery, keyfile, keyring, masterkeys, prerequisites, readiness
+from worker.ciphertext import RESEALED, Ciphertext, carried, windows
 from worker.envelopes import CODECS, ITERATIONS, Pbkdf2
-from worker.errors import Refused, UnderWay, Waits
+from worker.errors import Refused, Waits
 from worker.job import REHEARSAL, Batch, Finding, Shard, Tally, Verdict
 from worker.reseal import Resealer, resealer
 
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 # So many rows written meanwhile are few enough to be made ready while writers wait.
 _FEW = 2_000
 _MOST_ROUNDS = 20
-# Measured: what a row costs under the lock, with its indexes, in a small and in a large table.
-_ROW_SECONDS = 35e-6
 SWITCH = "paperclip-worker keys switch"
 
 
@@ -75,91 +73,45 @@ class Rotating:
         salt, rounds = (self.journal.salt, self.journal.iterations) if self.journal else (None, None)
         return resealer(self._layout.scheme, self.keys.old, self.keys.new, salt=salt, iterations=rounds)
 
-    def _each(self) -> Iterator[tuple[Carrier, Ciphertext]]:
-        for carrier in self._layout.carriers:
-            yield carrier, Ciphertext(self._connection, carrier, self._layout.scheme)
-
-    @property
-    def _run(self) -> UUID:
-        if self._means.run is None:
-            raise TypeError("this step has no run")
-        return self._means.run
-
     @property
     def _journal(self) -> Rotation:
         if self.journal is None:
             raise TypeError("this rotation has no journal yet")
         return self.journal
 
+    def _each(self) -> Iterator[tuple[Carrier, Ciphertext]]:
+        return carried(self._connection, self._layout)
+
+    @property
+    def _run(self) -> UUID:
+        return self._means.entered
+
     # -- before -------------------------------------------------------------------------------------
 
     def require_possible(self, job: RotateMasterKey) -> None:
         """Refused when the keys are the same, the file cannot be exchanged, or another rotation is half done."""
-        source = self.keys.source
-        if self.journal is None and self.keys.new == self.keys.old:
-            raise Refused("the new key is the one in use already; nothing would be rotated")
-        if job.file:
-            if source.path is None:
-                raise Refused(
-                    "the key comes from PAPERCLIP_SECRETS_MASTER_KEY, which no file replaces; use --cutover manual"
-                )
-            keyfile.room(source.path)
-            keyfile.writable(source.path)
-        self.require_in_use()
-        half = masterkeys.unfinished(self._connection, but=self._means.run)
-        if half is not None and half.run_id != job.rollback:
-            raise UnderWay(f"run {half.run_id} exchanged the key and did not end; resume it, or --rollback it first")
+        prerequisites.require_exchangeable(self.keys, self.journal, file=job.file)
+        self._require_in_use()
+        prerequisites.require_none_half_done(self._connection, run=self._means.run, rollback=job.rollback)
 
-    def require_in_use(self) -> None:
-        """Refused when the journal and the key file speak of different keys, or the rotation was rolled back."""
-        journal = self.journal
-        if journal is None:
-            return
-        undone = [one for one in masterkeys.every(self._connection) if one.rolls_back == journal.run_id]
-        if any(one.cut_over_at for one in undone):
-            raise Refused(f"run {journal.run_id} was rolled back; start a new run")
-        # Before the cut-over the new key may be in the file for a moment, until `settle_file` is reached.
-        expected = {journal.new_key} if journal.cut_over_at else {journal.old_key, journal.new_key}
-        found = self.keys.source.key.fingerprint
-        if self._file and found not in expected:
-            raise Refused(f"the key file holds {found}, not {' or '.join(sorted(expected))} of run {journal.run_id}")
+    def _require_in_use(self) -> None:
+        prerequisites.require_in_use(self._connection, self.keys, self.journal, file=self._file)
 
     def require_proven(self) -> None:
         """Refused when the key in use opens nothing of what it should."""
         seen = census.sampled(self._connection, self._layout, self._resealer)
         if not (seen.old or seen.new):
             # The first rows may be the ones that a lost key sealed.
-            self._require_counted(self._counted)
+            prerequisites.require_counted(self.keys, self._counted)
 
     def counted_before(self) -> Counted:
         """Every ciphertext by its key. Refused when there is none, or the key in use opens none."""
-        self._require_counted(self._counted)
+        prerequisites.require_counted(self.keys, self._counted)
         return self._counted
 
     @cached_property
     def _counted(self) -> Counted:
         return census.count(self._connection, self._layout, self._resealer, new_first=False)
-
-    def _require_counted(self, counted: Counted) -> None:
-        total, old = counted.total, self.keys.old.fingerprint
-        if not (total.old or total.new or total.lost):
-            raise Refused("there is no ciphertext of a master key in the database: is DATABASE_URL the right one?")
-        if not (total.old or total.new):
-            raise Refused(f"the key {old} opens none of the {total.lost} ciphertexts: it is not the deployment's key")
-
-    def notes(self, counted: Counted) -> Iterator[str]:
-        """What an operator should know before: keys, ciphertext by carrier and key, the lock, what no key opens."""
-        new = self.keys.new.fingerprint if self.keys.new else "a key still to be made"
-        yield f"keys: from {self.keys.old.fingerprint} to {new}; keep both with every backup made under them"
-        for name, one in counted.by_carrier.items():
-            counts = f"{one.old} under the old key, {one.new} under the new, {one.lost} under neither"
-            yield f"{name}: {counts}, {one.other} of another scheme"
-        rows = sum(one.rows for one in counted.targets)
-        yield f"lock: writers wait about {max(0.1, rows * _ROW_SECONDS):.1f} s at the cut-over, readers a moment"
-        if counted.total.odd:
-            yield f"odd: {counted.total.odd} open to other bytes than their digest says; they stay as they are"
-        yield from (f"undecryptable: {one}" for one in counted.listed)
-        yield from (f"warning: {one}" for one in self.keys.source.warnings)
 
     # -- laying out ---------------------------------------------------------------------------------
 
@@ -209,15 +161,7 @@ class Rotating:
 
     def discovery_shards(self, allowed: Iterable[str], *, stage: int) -> Iterator[Shard]:
         """Every other text and JSON column of the database, to be looked into. Refused where one cannot be."""
-        shards = list(discovery.shards(self._connection, self._layout, tuple(allowed)))
-        tables = [table for one in shards for table in one.spec["tables"]]
-        unread = [f"{one['schema']}.{one['table']}.{column}" for one in tables for column in one["unreadable"]]
-        if unread:
-            raise Refused(
-                f"{len(unread)} columns cannot be looked into, {unread[0]} among them; apply the SQL "
-                "that `paperclip-worker db grants --job rotate-master-key` prints, or name them with --allow-column"
-            )
-        for shard in shards:
+        for shard in discovery.shards(self._connection, self._layout, tuple(allowed)):
             yield replace(shard, stage=stage)
 
     # -- bites --------------------------------------------------------------------------------------
@@ -307,7 +251,7 @@ class Rotating:
     def sweep(self, *, everything: bool) -> tuple[int, bool]:
         """Make ready what came with the old key after all; rows found, and whether a server has used the new key."""
         # Else rows of the key that is in use would be sealed with one that is not.
-        self.require_in_use()
+        self._require_in_use()
         journal, ready, fresh = self._journal, 0, list[str]()
         lost = not self._stands()
         if lost:
@@ -349,7 +293,7 @@ class Rotating:
                 findings.append(self._finding(more, f"{what}, and was not when the run began"))
         findings += self._altered()
         source = self.keys.source
-        if source.path is not None and self._journal.permitted_at is None and source.key != self.keys.new:
+        if self._file and source.key != self.keys.new:
             findings.append(self._finding(1, f"the key file holds {source.key.fingerprint}, not the new key"))
         envelopes = {**self._journal.envelopes, "after": counted.to_json()}
         masterkeys.note(self._connection, self._run, envelopes=envelopes, swept_at=sa.func.clock_timestamp())

@@ -151,7 +151,7 @@ def _answer(operations: Operations, operation: str, status: int, *bodies: str) -
 
     store._client.meta.events.register(
         f"before-send.s3.{operation}",
-        lambda request, **_: AWSResponse(request.url, status, {}, Raw()),  # type: ignore[arg-type]
+        lambda request, **_: AWSResponse(request.url, status, {}, Raw()),  # type: ignore[arg-type]  # all botocore reads of a body
     )
 
 

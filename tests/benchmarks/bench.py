@@ -215,7 +215,7 @@ def median(values: list[float]) -> float:
 def say(capsys: Any, text: str) -> None:
     """Print past pytest's capture: the numbers are the product of a benchmark."""
     with capsys.disabled():
-        print("  " + text, flush=True)  # noqa: T201
+        print("  " + text, flush=True)  # noqa: T201 - its product
 
 
 def copy_of(admin_url: str, template: str, name: str) -> None:

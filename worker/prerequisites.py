@@ -1,0 +1,77 @@
+"""What must be so before a master key is rotated, and what its operator should know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from worker import keyfile, masterkeys
+from worker.errors import Refused, UnderWay
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from worker.census import Counted
+    from worker.masterkeys import Keys, Rotation
+
+# Measured: what a row costs under the lock, with its indexes, in a small and in a large table.
+_ROW_SECONDS = 35e-6
+
+
+def require_exchangeable(keys: Keys, journal: Rotation | None, *, file: bool) -> None:
+    """Refused when the keys are the same, or the key file is to be exchanged and cannot be."""
+    path = keys.source.path
+    if journal is None and keys.new == keys.old:
+        raise Refused("the new key is the one in use already; nothing would be rotated")
+    if not file:
+        return
+    if path is None:
+        raise Refused("the key comes from PAPERCLIP_SECRETS_MASTER_KEY, which no file replaces; use --cutover manual")
+    keyfile.room(path)
+    keyfile.writable(path)
+
+
+def require_none_half_done(connection: sa.Connection, *, run: UUID | None, rollback: UUID | None) -> None:
+    """UnderWay when another rotation exchanged the key and did not end, unless it is the one to roll back."""
+    half = masterkeys.unfinished(connection, but=run)
+    if half is not None and half.run_id != rollback:
+        raise UnderWay(f"run {half.run_id} exchanged the key and did not end; resume it, or --rollback it first")
+
+
+def require_in_use(connection: sa.Connection, keys: Keys, journal: Rotation | None, *, file: bool) -> None:
+    """Refused when the journal and the key file speak of different keys, or the rotation was rolled back."""
+    if journal is None:
+        return
+    undone = [one for one in masterkeys.every(connection) if one.rolls_back == journal.run_id]
+    if any(one.cut_over_at for one in undone):
+        raise Refused(f"run {journal.run_id} was rolled back; start a new run")
+    # Before the cut-over the new key may be in the file for a moment, until `settle_file` is reached.
+    expected = {journal.new_key} if journal.cut_over_at else {journal.old_key, journal.new_key}
+    found = keys.source.key.fingerprint
+    if file and found not in expected:
+        raise Refused(f"the key file holds {found}, not {' or '.join(sorted(expected))} of run {journal.run_id}")
+
+
+def require_counted(keys: Keys, counted: Counted) -> None:
+    """Refused when there is no ciphertext at all, or the key in use opens none."""
+    total, old = counted.total, keys.old.fingerprint
+    if not (total.old or total.new or total.lost):
+        raise Refused("there is no ciphertext of a master key in the database: is DATABASE_URL the right one?")
+    if not (total.old or total.new):
+        raise Refused(f"the key {old} opens none of the {total.lost} ciphertexts: it is not the deployment's key")
+
+
+def notes(keys: Keys, counted: Counted) -> Iterator[str]:
+    """What an operator should know: keys, ciphertext by carrier and key, the lock, what no key opens."""
+    new = keys.new.fingerprint if keys.new else "a key still to be made"
+    yield f"keys: from {keys.old.fingerprint} to {new}; keep both with every backup made under them"
+    for name, one in counted.by_carrier.items():
+        counts = f"{one.old} under the old key, {one.new} under the new, {one.lost} under neither"
+        yield f"{name}: {counts}, {one.other} of another scheme"
+    rows = sum(one.rows for one in counted.targets)
+    yield f"lock: writers wait about {max(0.1, rows * _ROW_SECONDS):.1f} s at the cut-over, readers a moment"
+    if counted.total.odd:
+        yield f"odd: {counted.total.odd} open to other bytes than their digest says; they stay as they are"
+    yield from (f"undecryptable: {one}" for one in counted.listed)
+    yield from (f"warning: {one}" for one in keys.source.warnings)
