@@ -5,6 +5,7 @@ It works inline, without a broker. The kill is SIGKILL to itself, so nothing aft
 
 from __future__ import annotations
 
+import importlib
 import math
 import multiprocessing
 import os
@@ -21,37 +22,39 @@ from worker import anchors, archive, audit, config, ledger, logs
 from worker.operations import Operations
 from worker.storage import S3Store
 
-# Where to die: owner and name of a function, the call of it that is the last, and whether that call is still made.
-BITE: dict[str, tuple[Any, str, int, bool]] = {
-    "before claim": (PruneLogs, "claim", 3, False),
-    "after claim": (PruneLogs, "claim", 3, True),
-    "object written, not read back": (S3Store, "put", 3, True),
-    "after preserve": (PruneLogs, "preserve", 3, True),
-    "after apply": (PruneLogs, "apply", 3, True),
-    "bite recorded": (ledger, "record_bite", 3, True),
+# Before the call, after it, or at the commit that follows it: before PostgreSQL hears of it, or once it has answered.
+BEFORE, AFTER, UNCOMMITTED, COMMITTED = "before", "after", "uncommitted", "committed"
+# Where to die: owner and name of a function, which call of it, and when.
+Step = tuple[Any, str, int, str]
+BITE: dict[str, Step] = {
+    "before claim": (PruneLogs, "claim", 3, BEFORE),
+    "after claim": (PruneLogs, "claim", 3, AFTER),
+    "object written, not read back": (S3Store, "put", 3, AFTER),
+    "after preserve": (PruneLogs, "preserve", 3, AFTER),
+    "after apply": (PruneLogs, "apply", 3, AFTER),
+    "bite recorded": (ledger, "record_bite", 3, AFTER),
 }
 FIRST = "first object written"
-AROUND: dict[str, tuple[Any, str, int, bool]] = {
-    FIRST: (S3Store, "put", 1, True),
-    "after plan": (PruneLogs, "plan", 1, True),
-    "shards laid out": (ledger, "add_shards", 1, True),
-    "before verify": (PruneLogs, "verify", 1, False),
-    "after verify": (PruneLogs, "verify", 1, True),
-    "manifest written": (archive, "write_manifest", 1, True),
-    "index written": (PruneLogs, "index", 1, True),
-    "receipt written": (audit, "append", 1, True),
+AROUND: dict[str, Step] = {
+    FIRST: (S3Store, "put", 1, AFTER),
+    "after plan": (PruneLogs, "plan", 1, AFTER),
+    "shards laid out": (ledger, "add_shards", 1, AFTER),
+    "before verify": (PruneLogs, "verify", 1, BEFORE),
+    "after verify": (PruneLogs, "verify", 1, AFTER),
+    "manifest written": (archive, "write_manifest", 1, AFTER),
+    "index written": (PruneLogs, "index", 1, AFTER),
+    "receipt written": (audit, "append", 1, AFTER),
 }
 # Once the settlement has committed.
-ANCHORING: dict[str, tuple[Any, str, int, bool]] = {
-    "before the receipt's object": (S3Store, "put_once", 1, False),
-    "receipt's object written": (S3Store, "put_once", 1, True),
-    "head written": (S3Store, "put_once", 2, True),
-    "before the anchor is noted": (anchors, "_record", 1, False),
+ANCHORING: dict[str, Step] = {
+    "before the receipt's object": (S3Store, "put_once", 1, BEFORE),
+    "receipt's object written": (S3Store, "put_once", 1, AFTER),
+    "head written": (S3Store, "put_once", 2, AFTER),
+    "before the anchor is noted": (anchors, "_record", 1, BEFORE),
 }
-# And at the commit that follows such a call: before PostgreSQL hears of it, or once it has answered.
-COMMITS: dict[str, tuple[Any, str, int, bool]] = {
-    f"{when} commit of {what}": (owner, name, number, when == "after")
-    for when in ("before", "after")
+COMMITS: dict[str, Step] = {
+    f"{when} commit of {what}": (owner, name, number, moment)
+    for when, moment in (("before", UNCOMMITTED), ("after", COMMITTED))
     for what, owner, name, number in (
         ("the layout", ledger, "add_shards", 1),
         ("a bite", ledger, "record_bite", 3),
@@ -61,18 +64,19 @@ COMMITS: dict[str, tuple[Any, str, int, bool]] = {
     )
 }
 # The same of a run of restore-logs, which has its own steps and no archive to write.
-RESTORE: dict[str, tuple[Any, str, int, bool]] = {
+RESTORE: dict[str, Step] = {
     f"restore, {step}": where
     for step, where in {
-        "after plan": (RestoreLogs, "plan", 1, True),
-        "after claim": (RestoreLogs, "claim", 3, True),
-        "after apply": (RestoreLogs, "apply", 3, True),
-        "before commit of a bite": (RestoreLogs, "apply", 3, False),
-        "after commit of a bite": (RestoreLogs, "apply", 3, True),
-        "before verify": (RestoreLogs, "verify", 1, False),
-        "receipt written": (audit, "append", 1, True),
+        "after plan": (RestoreLogs, "plan", 1, AFTER),
+        "after claim": (RestoreLogs, "claim", 3, AFTER),
+        "after apply": (RestoreLogs, "apply", 3, AFTER),
+        "before commit of a bite": (RestoreLogs, "apply", 3, UNCOMMITTED),
+        "after commit of a bite": (RestoreLogs, "apply", 3, COMMITTED),
+        "before verify": (RestoreLogs, "verify", 1, BEFORE),
+        "receipt written": (audit, "append", 1, AFTER),
     }.items()
 }
+STEPS = BITE | AROUND | COMMITS | ANCHORING | RESTORE
 
 
 def _die() -> None:
@@ -91,49 +95,46 @@ def _wrap(owner: Any, name: str, before: Callable[[], None], after: Callable[[],
     setattr(owner, name, wrapper)
 
 
-def arm(step: str) -> None:
+def arm(step: Step) -> None:
     """Make this process die at the step."""
-    commit = " commit of " in step
-    owner, name, number, late = (BITE | AROUND | COMMITS | ANCHORING | RESTORE)[step]
+    owner, name, number, when = step
     calls = 0
 
-    def count() -> None:
+    def enter() -> None:
         nonlocal calls
         calls += 1
-        if calls == number and not commit and not late:
+        if calls == number and when == BEFORE:
             _die()
 
-    def done() -> None:
-        if calls == number and not commit:
-            _die()
+    def at(moment: str) -> Callable[[], None]:
+        def perhaps() -> None:
+            if calls >= number and when == moment:
+                _die()
 
-    def committing() -> None:
-        if calls == number:
-            _die()
+        return perhaps
 
-    _wrap(owner, name, count, done)
-    if commit:
-        _wrap(psycopg.Connection, "commit", *((_pass, committing) if late else (committing, _pass)))
+    _wrap(owner, name, enter, at(AFTER))
+    _wrap(psycopg.Connection, "commit", at(UNCOMMITTED), at(COMMITTED))
 
 
-def _pass() -> None:
-    pass
-
-
-def _work(step: str, run: UUID, environment: Mapping[str, str]) -> None:
+def _work(table: str, step: str, run: UUID, environment: Mapping[str, str]) -> None:
+    # First: the conftest that it may import clears the environment.
+    where = importlib.import_module(table).STEPS[step]
     logs.silence()
     os.environ.update(environment)
-    arm(step)
+    arm(where)
     Operations(config.load()).runner().work(run, seconds=math.inf)
 
 
-def work_and_die(environment: Mapping[str, str], step: str, run: UUID, *, bite_rows: int) -> None:
-    """Let a worker process work on the run until it is killed at the step."""
+def work_and_die(
+    environment: Mapping[str, str], step: str, run: UUID, *, bite_rows: int | None = None, table: str = __name__
+) -> None:
+    """Let a worker process work on the run until it is killed at the step, which is one of a module's STEPS."""
     # A fork of a process that has done nothing but import: as good as a new one, and there at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    environment = {**environment, "PAPERCLIP_WORKER_BITE_ROWS": str(bite_rows)}
-    process = context.Process(target=_work, args=(step, run, environment))
+    context.set_forkserver_preload([table])
+    rows = {} if bite_rows is None else {"PAPERCLIP_WORKER_BITE_ROWS": str(bite_rows)}
+    process = context.Process(target=_work, args=(table, step, run, {**environment, **rows}))
     process.start()
     process.join(60)
     code = process.exitcode

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Mapping
 from typing import Any
 from uuid import UUID
 
-import psycopg
 import pytest
 
 from tasks.rotate_master_key import RotateMasterKey
+from tests.faults import doomed
+from tests.faults.doomed import AFTER, BEFORE, COMMITTED, UNCOMMITTED, Step
 from tests.faults.evidence import check_anchored, complete
 from tests.rotation.vault import Vault
-from worker import audit, config, cutover, discovery, keyfile, keyring, ledger, logs, masterkeys
+from worker import audit, cutover, discovery, keyfile, keyring, ledger, masterkeys
 from worker.ciphertext import Ciphertext
 from worker.keyring import MasterKey
-from worker.operations import Operations
 from worker.rotation import Rotating
 
 pytestmark = pytest.mark.faults
 
-# Where to die: owner and name of a function, which call of it, and when: before it, after it, or at the commit
-# that follows it, before PostgreSQL hears of it or once it has answered.
-BEFORE, AFTER, UNCOMMITTED, COMMITTED = "before", "after", "uncommitted", "committed"
-Step = tuple[Any, str, int, str]
 BEGIN: dict[str, Step] = {
     "new key being staged": (keyfile, "_write_new", 1, AFTER),
     "new key staged, no journal": (masterkeys, "begin", 1, BEFORE),
@@ -70,63 +61,9 @@ SETTLE: dict[str, Step] = {
 STEPS = BEGIN | READY | CUT_OVER | RENAMED | LATER | SETTLE
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _wrap(owner: Any, name: str, before: Callable[[], None], after: Callable[[], None]) -> None:
-    original = getattr(owner, name)
-
-    def wrapper(*arguments: Any, **named: Any) -> Any:
-        before()
-        found = original(*arguments, **named)
-        after()
-        return found
-
-    setattr(owner, name, wrapper)
-
-
-def arm(step: str) -> None:
-    """Make this process die at the step."""
-    owner, name, number, when = STEPS[step]
-    calls = 0
-
-    def enter() -> None:
-        nonlocal calls
-        calls += 1
-        if calls == number and when == BEFORE:
-            _die()
-
-    def at(moment: str) -> Callable[[], None]:
-        def perhaps() -> None:
-            if calls >= number and when == moment:
-                _die()
-
-        return perhaps
-
-    _wrap(owner, name, enter, at(AFTER))
-    _wrap(psycopg.Connection, "commit", at(UNCOMMITTED), at(COMMITTED))
-
-
-def _work(step: str, run: UUID, environment: Mapping[str, str]) -> None:
-    logs.silence()
-    os.environ.update(environment)
-    arm(step)
-    Operations(config.load()).runner().work(run, seconds=math.inf)
-
-
 def work_and_die(vault: Vault, step: str, run: UUID) -> None:
     """Let a worker process work on the run until it is killed at the step."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=_work, args=(step, run, dict(vault.deployment.environment)))
-    process.start()
-    process.join(60)
-    code = process.exitcode
-    process.kill()
-    process.join()
-    process.close()
-    assert code == -signal.SIGKILL, f"{step}: ended with {code}"
+    doomed.work_and_die(vault.deployment.environment, step, run, table=__name__)
 
 
 def begin(vault: Vault) -> UUID:
