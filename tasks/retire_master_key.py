@@ -42,7 +42,7 @@ class RetireMasterKey(Job):
 
     def needs(self, layout: Layout) -> Iterable[sa.Table]:
         for carrier in layout.carriers:
-            yield from (carrier.table, *carrier.reads)
+            yield from carrier.reads
 
     @classmethod
     def rights(cls, layout: Layout) -> Iterable[Right]:

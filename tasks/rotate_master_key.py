@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from worker.rotation import Rotating
 
 _LONGEST = timedelta(days=3650)
-# Discovery and making ready go on side by side; each later stage waits for the one before.
+# Discovery and making ready go on side by side, and the proof beside the sweep, whose rests it fills; each later
+# stage waits for the one before.
 _READY, _CATCH_UP, _CUT_OVER, _SWEEP = range(4)
+_SWEEP_KEY = "sweep"
 # What a server was about to write comes at once, and nobody can read it until it is swept: so first looks are quick,
 # and the rests between clean ones add up to more than half a second.
 _REST = 0.05
@@ -97,7 +99,7 @@ class RotateMasterKey(Job):
 
     def needs(self, layout: Layout) -> Iterable[sa.Table]:
         for carrier in layout.carriers:
-            yield from (carrier.table, *carrier.reads)
+            yield from carrier.reads
 
     @classmethod
     def rights(cls, layout: Layout) -> Iterable[Right]:
@@ -108,8 +110,12 @@ class RotateMasterKey(Job):
     def check(self, means: Means) -> None:
         means.rotating(self).require_possible(self)
 
-    def foresee(self, means: Means) -> None:
-        means.rotating(self).require_proven()
+    def foresee(self, means: Means, *, entering: bool) -> None:
+        rotating = means.rotating(self)
+        if entering:
+            rotating.require_allowed(rotating.counted_before().total.lost, self.allow_undecryptable)
+        else:
+            rotating.require_proven()
 
     def plan(self, means: Means) -> Plan:
         from worker import prerequisites  # noqa: PLC0415 - reads the database, which `--help` must not pay for
@@ -121,9 +127,16 @@ class RotateMasterKey(Job):
             params=to_json(self),
             layout=means.layout.name,
             now=means.now,
-            targets=tuple(counted.rows[place] for place in sorted(counted.rows, key=str)),
+            targets=counted.targets,
             left=counted.left(),
             notes=tuple(prerequisites.notes(rotating.keys, counted)),
+        )
+
+    def outline(self, means: Means) -> Plan:
+        # Which key opens what was counted before the run was entered, and is again while all is made ready.
+        held = means.rotating(self).held()
+        return Plan(
+            job=self.name, params=to_json(self), layout=means.layout.name, now=means.now, targets=held, left=()
         )
 
     def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:
@@ -139,7 +152,8 @@ class RotateMasterKey(Job):
             yield Shard(key="cut-over", rows=plan.tally.total.rows, spec={}, stage=_CUT_OVER)
         # A second sweep looks at everything once: what the first did not find may be anywhere.
         full = rotating.journal is not None and rotating.journal.cut_over_at is not None
-        yield Shard(key="sweep", rows=0, spec={"everything": full}, stage=_SWEEP)
+        yield Shard(key=_SWEEP_KEY, rows=0, spec={"everything": full}, stage=_SWEEP)
+        yield from rotating.proof_shards(stage=_SWEEP)
 
     def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:  # noqa: ARG002 - shards fit in memory
         rotating = means.rotating(self)
@@ -148,7 +162,9 @@ class RotateMasterKey(Job):
         if shard.stage == _CATCH_UP:
             return rotating.claim_catch_up(after)
         if shard.stage == _CUT_OVER:
-            return rotating.claim_cut_over(after)
+            return rotating.claim_cut_over(after, self.allow_undecryptable)
+        if shard.key != _SWEEP_KEY:
+            return rotating.claim_proof(shard, after)
         return self._claim_sweep(rotating, shard, after or {"sweeps": 0, "clean": 0})
 
     def _claim_sweep(self, rotating: Rotating, shard: Shard, after: Mapping[str, Any]) -> Batch:

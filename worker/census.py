@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from worker.ciphertext import Ciphertext
+from worker.ciphertext import carried
 from worker.job import Left, Place, Target
 from worker.reseal import Census
 
 if TYPE_CHECKING:
-    from worker.layouts.model import Layout
+    from worker.ciphertext import Part
+    from worker.layouts.model import Carrier, Layout
     from worker.reseal import Resealer
 
 _LISTED = 20
 _SAMPLE = 200
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Counted:
-    """Envelopes by key per carrier; the rows to be changed, and those no key opens, per table and company."""
+    """Envelopes by key per carrier; rows with some under the old key, and rows with some that no key opens."""
 
-    by_carrier: dict[str, Census]
-    rows: dict[Place, Target]
-    lost: dict[Place, int]
-    listed: tuple[str, ...]
+    by_carrier: dict[str, Census] = field(default_factory=dict)
+    # Rows, bytes, and their keys and versions mixed.
+    old: dict[Place, tuple[int, int, int]] = field(default_factory=dict)
+    lost: Counter[Place] = field(default_factory=Counter)
+    listed: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> Census:
@@ -39,52 +42,81 @@ class Counted:
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        return tuple(self.rows[place] for place in sorted(self.rows, key=str))
+        """The rows with ciphertext under the old key."""
+        return tuple(
+            Target(table=place[0], company=place[1], rows=rows, bytes=size, digest=f"{mixed:08x}")
+            for place, (rows, size, mixed) in sorted(self.old.items(), key=str)
+        )
 
     def left(self) -> tuple[Left, ...]:
         """The rows that no key opens, which stay byte for byte as they are."""
         places = sorted(self.lost, key=str)
         return tuple(Left(table=p[0], company=p[1], reason="undecryptable", rows=self.lost[p]) for p in places)
 
-    def to_json(self) -> dict[str, Any]:
+    def envelopes(self) -> dict[str, Any]:
+        """By carrier and key."""
         return {name: one.to_json() for name, one in self.by_carrier.items()}
+
+    def look(self, carrier: Carrier, part: Part, resealer: Resealer, *, new_first: bool) -> None:
+        """Try the keys on these rows of a carrier."""
+        total, table = self.by_carrier.setdefault(carrier.name, Census()), carrier.table.name
+        old: dict[bytes, tuple[int, int, int]] = {}
+        fresh = 0
+        for number, one in enumerate(resealer.counted(part.texts, part.digests, new_first=new_first)):
+            if one.old:
+                company, mixed = part.companies[number], zlib.crc32(part.keys[number] + part.versions[number])
+                rows, size, before = old.get(company, (0, 0, 0))
+                old[company] = (rows + 1, size + len(part.texts[number]), before ^ mixed)
+            elif one.new and not (one.lost or one.odd):
+                # Nearly every row of a look afterwards, and there may be millions.
+                fresh += one.new
+                continue
+            total += one
+            if one.lost:
+                self.lost[table, part.companies[number].decode() or None] += 1
+                if len(self.listed) < _LISTED:
+                    self.listed.append(f"{table} {part.keys[number].decode()}")
+        total.new += fresh
+        for company, counted in old.items():
+            self._add((table, company.decode() or None), counted)
+
+    def _add(self, place: Place, more: tuple[int, int, int]) -> None:
+        rows, size, mixed = self.old.get(place, (0, 0, 0))
+        self.old[place] = (rows + more[0], size + more[1], mixed ^ more[2])
+
+    def to_json(self) -> dict[str, Any]:
+        """For a cursor; without what is listed."""
+        old = [[*place, *counted] for place, counted in self.old.items()]
+        lost = [[*place, number] for place, number in self.lost.items()]
+        return {"envelopes": self.envelopes(), "old": old, "lost": lost}
+
+    def add_json(self, found: Mapping[str, Any]) -> None:
+        """Add what another look found."""
+        for name, one in found["envelopes"].items():
+            total = self.by_carrier.setdefault(name, Census())
+            total += Census(**one)
+        for table, company, *counted in found["old"]:
+            self._add((table, company), (counted[0], counted[1], counted[2]))
+        for table, company, number in found["lost"]:
+            self.lost[table, company] += number
 
 
 def count(connection: sa.Connection, layout: Layout, resealer: Resealer, *, new_first: bool) -> Counted:
     """Read every ciphertext and try the keys on it, in a stream."""
-    census: dict[str, Census] = {}
-    rows: dict[Place, list[int]] = {}
-    lost: Counter[Place] = Counter()
-    listed: list[str] = []
-    for carrier in layout.carriers:
-        total = census.setdefault(carrier.name, Census())
-        ciphertext = Ciphertext(connection, carrier, layout.scheme)
-        for key, _, version, _, company, digest, text in ciphertext.every(company=True):
-            one = resealer.count(text, digest, new_first=new_first)
-            total += one
-            if one.old:
-                counted = rows.setdefault((carrier.table.name, company.decode() or None), [0, 0, 0])
-                counted[0] += 1
-                counted[1] += len(text)
-                counted[2] ^= zlib.crc32(key + version)
-            if one.lost:
-                lost[carrier.table.name, company.decode() or None] += 1
-                if len(listed) < _LISTED:
-                    listed.append(f"{carrier.table.name} {key.decode()}")
-    targets = {
-        place: Target(table=place[0], company=place[1], rows=number, bytes=size, digest=f"{mixed:08x}")
-        for place, (number, size, mixed) in rows.items()
-    }
-    return Counted(by_carrier=census, rows=targets, lost=dict(lost), listed=tuple(listed))
+    counted = Counted()
+    for carrier, ciphertext in carried(connection, layout):
+        for part in ciphertext.every():
+            counted.look(carrier, part, resealer, new_first=new_first)
+    return counted
 
 
 def sampled(connection: sa.Connection, layout: Layout, resealer: Resealer) -> Census:
     """The same of the first few rows of each carrier only, until a key opens one."""
     total = Census()
-    for carrier in layout.carriers:
-        ciphertext = Ciphertext(connection, carrier, layout.scheme)
-        for *_, digest, text in ciphertext.rows(sa.true(), most=_SAMPLE):
-            total += resealer.count(text, digest)
+    for _, ciphertext in carried(connection, layout):
+        for part in ciphertext.rows(sa.true(), most=_SAMPLE):
+            for one in resealer.counted(part.texts, part.digests):
+                total += one
         if total.old or total.new:
             break
     return total

@@ -44,6 +44,24 @@ class Tid(UserDefinedType[str]):
         return "tid"
 
 
+class Xid(UserDefinedType[str]):
+    """The number of the transaction that wrote a row; it wraps around."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "xid"
+
+
+class Xid8(UserDefinedType[str]):
+    """A transaction's number that never wraps around."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "xid8"
+
+
 def engine(settings: Settings) -> sa.Engine:
     """A pooled engine in REPEATABLE READ, so what a bite preserved is exactly what it then changes.
 

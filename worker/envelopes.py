@@ -8,9 +8,8 @@ from __future__ import annotations
 import binascii
 import hashlib
 import os
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -47,22 +46,25 @@ class WrongKey(ValueError):
 
 
 _b64 = binascii.b2a_base64
-# As jsonb prints an envelope with nothing else in it, in the only spelling the app writes.
-_PRINTED = re.compile(
-    rb'\{"iv": "([A-Za-z0-9+/]{16})", "tag": "([A-Za-z0-9+/]{22}==)", "scheme": "local_encrypted_v1", '
-    rb'"ciphertext": "((?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?)"\}'
-)
-_ivs: list[tuple[bytes, str]] = []  # with their base64
+# As jsonb prints an envelope of the app's with nothing else in it: what is before the IV, the tag, the ciphertext.
+_BEFORE_IV, _BEFORE_TAG = b'{"iv": "', b'", "tag": "'
+_BEFORE_CIPHERTEXT, _AFTER = b'", "scheme": "local_encrypted_v1", "ciphertext": "', b'"}'
+_IV = len(_BEFORE_IV)
+_IV_END = _IV + 16
+_TAG = _IV_END + len(_BEFORE_TAG)
+_TAG_END = _TAG + 24
+_CIPHERTEXT = _TAG_END + len(_BEFORE_CIPHERTEXT)
+_ivs: list[tuple[bytes, bytes]] = []  # with their base64
 os.register_at_fork(after_in_child=_ivs.clear)
 
 
-def _iv() -> tuple[bytes, str]:
+def _iv() -> tuple[bytes, bytes]:
     try:
         return _ivs.pop()
     except IndexError:
         pass
     raw = os.urandom(IV_BYTES * _DRAWN)
-    text = binascii.b2a_base64(raw, newline=False).decode("ascii")
+    text = binascii.b2a_base64(raw, newline=False)
     drawn = [(raw[12 * n : 12 * n + 12], text[16 * n : 16 * n + 16]) for n in range(_DRAWN)]
     last = drawn.pop()
     _ivs.extend(drawn)
@@ -92,9 +94,12 @@ class Codec(ABC):
         self._ours(material)
         return {**material, **self.seal(plaintext)}
 
-    def open_text(self, text: bytes) -> bytes | None:  # noqa: ARG002 - a scheme may have a shorter way
-        """The plaintext of an envelope as jsonb prints it; None where it must be parsed. Raises WrongKey."""
-        return None
+    def open_texts(self, texts: Iterable[bytes]) -> Iterator[bytes | None]:
+        """Of each text the plaintext, where it is an envelope as jsonb prints it that opens.
+
+        None: it may have to be parsed, or not open. A third of the time of `open`, for what nearly every row is.
+        """
+        return (None for _ in texts)
 
     def seal_text(self, plaintext: bytes) -> bytes:
         """A fresh envelope as JSON text."""
@@ -127,18 +132,27 @@ class LocalEncrypted(Codec):
     def seal(self, plaintext: bytes) -> dict[str, str | int]:
         iv, text = _iv()
         tag, ciphertext = _sealed(self._aead, iv, plaintext)
-        return {"scheme": self.scheme, "iv": text, "tag": tag, "ciphertext": ciphertext}
+        return {"scheme": self.scheme, "iv": text.decode("ascii"), "tag": tag, "ciphertext": ciphertext}
 
-    def open_text(self, text: bytes) -> bytes | None:
-        """A third of the time of parsing, for what nearly every row looks like."""
-        found = _PRINTED.fullmatch(text)
-        if found is None:
-            return None
-        iv, tag, ciphertext = map(binascii.a2b_base64, found.groups())
-        try:
-            return self._aead.decrypt(iv, ciphertext + tag, None)
-        except InvalidTag:
-            raise WrongKey("does not open under this key") from None
+    def open_texts(self, texts: Iterable[bytes]) -> Iterator[bytes | None]:
+        # Once a row, millions of times: slices take a quarter of what a pattern takes.
+        decode, decrypt = binascii.a2b_base64, self._aead.decrypt
+        for text in texts:
+            if (
+                text[:_IV] != _BEFORE_IV
+                or text[_IV_END:_TAG] != _BEFORE_TAG
+                or text[_TAG_END:_CIPHERTEXT] != _BEFORE_CIPHERTEXT
+                or text[-2:] != _AFTER
+            ):
+                yield None
+                continue
+            try:
+                # Strict: nothing but the alphabet, so there is no quote and no escape in what was taken.
+                iv = decode(text[_IV:_IV_END], strict_mode=True)
+                sealed = decode(text[_CIPHERTEXT:-2], strict_mode=True)
+                yield decrypt(iv, sealed + decode(text[_TAG:_TAG_END], strict_mode=True), None)
+            except (binascii.Error, InvalidTag, ValueError):
+                yield None
 
     def seal_text(self, plaintext: bytes) -> bytes:
         """Opened again before it is given out. Raises RuntimeError when that gives anything else."""
@@ -147,11 +161,7 @@ class LocalEncrypted(Codec):
         if self._aead.decrypt(iv, sealed, None) != plaintext:
             raise RuntimeError("an envelope does not open to what was sealed in it")
         tag, ciphertext = _b64(sealed[-TAG_BYTES:], newline=False), _b64(sealed[:-TAG_BYTES], newline=False)
-        return b'{"iv": "%b", "tag": "%b", "scheme": "local_encrypted_v1", "ciphertext": "%b"}' % (
-            text.encode(),
-            tag,
-            ciphertext,
-        )
+        return _BEFORE_IV + text + _BEFORE_TAG + tag + _BEFORE_CIPHERTEXT + ciphertext + _AFTER
 
 
 class Pbkdf2(Codec):
@@ -194,7 +204,7 @@ class Pbkdf2(Codec):
             "kdf": _KDF,
             "iterations": self._iterations,
             "salt": self._salt,
-            "iv": text,
+            "iv": text.decode("ascii"),
             "tag": tag,
             "ciphertext": ciphertext,
         }

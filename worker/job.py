@@ -279,8 +279,11 @@ class Job(abc.ABC):
     def needs(self, layout: Layout) -> Iterable[sa.Table]:
         """The host's tables, with just the columns, that this job cannot do without."""
 
-    def foresee(self, means: Means) -> None:  # noqa: B027 - most jobs have nothing to look for
-        """Raise Refused for what only a long look at the data can tell. Asked once, before a run is entered."""
+    def foresee(self, means: Means, *, entering: bool) -> None:  # noqa: B027 - most jobs have nothing to look for
+        """Raise Refused for what only a long look at the data can tell. Asked once, before a run is entered.
+
+        Not `entering`: before a plan is made, which may well show what a run would be refused for.
+        """
 
     @classmethod
     @abc.abstractmethod
@@ -290,6 +293,10 @@ class Job(abc.ABC):
     @abc.abstractmethod
     def plan(self, means: Means) -> Plan:
         """What a run started at `means.now` would change. Reads only."""
+
+    def outline(self, means: Means) -> Plan:
+        """The plan of a run that was entered without one, where it can be had for less than a look at everything."""
+        return self.plan(means)
 
     def overdue(self, means: Means) -> tuple[Overdue, ...]:
         """What a run started at `means.now` would change, per table, for the backlog. Reads only."""

@@ -269,9 +269,10 @@ def record_bite(
         connection.execute(sa.insert(OBJECTS), [{"run_id": held.run, **vars(one)} for one in objects])
 
 
-def unfinished(connection: sa.Connection, run: Run) -> int:
-    """Shards of the current sweep that are not done, held by somebody or not."""
+def unfinished(connection: sa.Connection, run: Run, *, stage: int | None = None) -> int:
+    """Shards of the current sweep, of a stage or of all, that are not done, held by somebody or not."""
     query = sa.select(sa.func.count()).where(SHARDS.c.run_id == run.id, SHARDS.c.sweep == run.sweep, ~SHARDS.c.done)
+    query = query.where(SHARDS.c.stage == stage) if stage is not None else query
     return connection.execute(query).scalar_one()
 
 

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 from worker import keyfile, keyring
-from worker.ciphertext import Xid8
+from worker.db import Xid8
 from worker.errors import Refused
 from worker.ledger import SCHEMA
 
@@ -57,7 +57,7 @@ MASTER_KEYS = sa.Table(
     sa.Column("current", sa.Boolean),
 )
 # What every server still running sees; row states of older transactions are known to whoever looks afterwards.
-_HORIZON: sa.ColumnElement[Any] = sa.func.pg_snapshot_xmin(sa.func.pg_current_snapshot())
+HORIZON: sa.ColumnElement[Any] = sa.func.pg_snapshot_xmin(sa.func.pg_current_snapshot())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def staged_name(run: UUID) -> str:
 
 def begin(connection: sa.Connection, run: UUID, **values: Any) -> None:
     """Open the journal of a rotation; row states from now on are looked at again."""
-    connection.execute(sa.insert(ROTATIONS).values(run_id=run, horizon=_HORIZON, **values))
+    connection.execute(sa.insert(ROTATIONS).values(run_id=run, horizon=HORIZON, **values))
 
 
 def note(connection: sa.Connection, run: UUID, **values: Any) -> None:
@@ -108,7 +108,7 @@ def note(connection: sa.Connection, run: UUID, **values: Any) -> None:
 
 def look_from_here(connection: sa.Connection, run: UUID) -> None:
     """Move the horizon to now: what was made ready from here on is known."""
-    note(connection, run, horizon=_HORIZON)
+    note(connection, run, horizon=HORIZON)
 
 
 def of(connection: sa.Connection, run: UUID | None) -> Rotation | None:

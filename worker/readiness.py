@@ -12,7 +12,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker.ciphertext import RESEALED
+from worker.aside import RESEALED
 
 if TYPE_CHECKING:
     from worker.layouts.model import Layout

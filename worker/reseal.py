@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -77,38 +76,52 @@ class Resealer:
         self._new = new
         self._marker = old.scheme.encode()
 
-    def reseal(self, text: bytes) -> tuple[bytes | None, Census]:
-        """The text with what the old key opens sealed with the new, and the keys; None where that is nothing.
+    def resealed(self, texts: Sequence[bytes], digests: Sequence[bytes]) -> Iterator[tuple[bytes | None, Census]]:
+        """Each text with what the old key opens sealed with the new, and the keys; None where that is nothing.
 
         Each new envelope is opened again and compared before it is given out.
         """
         if self._new is None:
             raise ValueError("there is no key to seal with")
-        with suppress(WrongKey):
-            if (plaintext := self._old.open_text(text)) is not None:
-                return self._new.seal_text(plaintext), Census(old=1)
+        # Nearly every text gives the first of these, which nobody may change.
+        seal, plain, odd = self._new.seal_text, Census(old=1), Census(old=1, odd=1)
+        for text, digest, plaintext in zip(texts, digests, self._old.open_texts(texts), strict=True):
+            if plaintext is None:
+                yield self._parsed(text, digest, self._new)
+            else:
+                yield seal(plaintext), odd if _differs(plaintext, digest) else plain
+
+    def _parsed(self, text: bytes, digest: bytes, new: Codec) -> tuple[bytes | None, Census]:
         census, parts, last = Census(), list[bytes](), 0
         for start, end, envelope in self._envelopes(text):
-            plaintext = self._classify(envelope, census)
+            plaintext = self._classify(envelope, digest, census)
             if plaintext is None:
                 continue
-            sealed = self._new.reseal(envelope, plaintext)
-            if self._new.open(sealed) != plaintext:
+            sealed = new.reseal(envelope, plaintext)
+            if new.open(sealed) != plaintext:
                 raise RuntimeError("an envelope does not open to what was sealed in it")
             parts += [text[last:start], _written(text[start:end], envelope, sealed)]
             last = end
         return (b"".join([*parts, text[last:]]) if parts else None), census
 
-    def count(self, text: bytes, digest: bytes, *, new_first: bool = False) -> Census:
-        """Which key opens what, and whether to what has this SHA-256 (hex; empty: not asked).
+    def counted(
+        self, texts: Sequence[bytes], digests: Sequence[bytes], *, new_first: bool = False
+    ) -> Iterator[Census]:
+        """Which key opens what in each text, and whether to what has this SHA-256 (hex; empty: not asked).
 
         `new_first`: what opens with the new key is not tried with the old, which could not open it as well.
         """
-        first = self._new if new_first and self._new else self._old
-        with suppress(WrongKey):
-            if (plaintext := first.open_text(text)) is not None:
-                odd = int(bool(digest) and sha256(plaintext).hexdigest().encode() != digest)
-                return Census(new=1, odd=odd) if first is self._new else Census(old=1, odd=odd)
+        new = new_first and self._new is not None
+        first = self._new if new_first and self._new is not None else self._old
+        # As above.
+        plain, odd = Census(new=int(new), old=int(not new)), Census(new=int(new), old=int(not new), odd=1)
+        for text, digest, plaintext in zip(texts, digests, first.open_texts(texts), strict=True):
+            if plaintext is None:
+                yield self._count(text, digest, new_first=new_first)
+            else:
+                yield odd if _differs(plaintext, digest) else plain
+
+    def _count(self, text: bytes, digest: bytes, *, new_first: bool) -> Census:
         if self._marker not in text:
             return Census(other=1)
         census = Census()
@@ -123,16 +136,18 @@ class Resealer:
             else:
                 census.lost += 1
                 continue
-            census.odd += bool(digest) and sha256(plaintext).hexdigest().encode() != digest
+            census.odd += _differs(plaintext, digest)
         return census
 
-    def _classify(self, envelope: dict[str, Any], census: Census) -> bytes | None:
+    def _classify(self, envelope: dict[str, Any], digest: bytes, census: Census) -> bytes | None:
         """Count an envelope by its key; its plaintext where that is the old one."""
         plaintext = self._opened(self._old, envelope)
         if plaintext is not None:
             census.old += 1
-        elif self._opened(self._new, envelope) is not None:
+            census.odd += _differs(plaintext, digest)
+        elif (other := self._opened(self._new, envelope)) is not None:
             census.new += 1
+            census.odd += _differs(other, digest)
         else:
             census.lost += 1
         return plaintext
@@ -177,6 +192,10 @@ class Resealer:
 
     def _ours(self, value: Any) -> bool:
         return isinstance(value, dict) and value.get("scheme") == self._old.scheme
+
+
+def _differs(plaintext: bytes, digest: bytes) -> bool:
+    return bool(digest) and sha256(plaintext).hexdigest().encode() != digest
 
 
 def _written(text: bytes, before: dict[str, Any], after: dict[str, Any]) -> bytes:

@@ -7,8 +7,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+import sqlalchemy as sa
+
 from worker import census, keyring, masterkeys
-from worker.ciphertext import carried
+from worker.aside import asides
 from worker.errors import Refused
 from worker.job import Finding, Tally, Verdict
 from worker.reseal import Resealer, resealer
@@ -85,15 +87,14 @@ class Retiring:
         """Make ready, under the key in use, what is still under `run`'s old key; how many rows."""
         found = 0
         for one in (rotation for rotation in self.due if rotation.run_id == run):
-            for _, ciphertext in carried(self._connection, self._layout):
-                taken = ciphertext.take(self._means.entered, ciphertext.within(0, None), self._resealer(one))
-                found += taken.ready
+            for _, aside in asides(self._connection, self._layout, self._means.entered):
+                found += aside.take(sa.true(), self._resealer(one)).ready
         return found
 
     def swap(self) -> Tally:
         """Put what the sweep made ready in its place."""
         return sum(
-            (ciphertext.swap(self._means.entered) for _, ciphertext in carried(self._connection, self._layout)),
+            (aside.swap() for _, aside in asides(self._connection, self._layout, self._means.entered)),
             Tally(),
         )
 
@@ -111,6 +112,6 @@ class Retiring:
         gone = [one.old_key for one in self.due]
         for one in self.due:
             masterkeys.destroy(self._connection, one, by=self._means.entered)
-        for _, ciphertext in carried(self._connection, self._layout):
-            ciphertext.clear(self._means.entered)
+        for _, aside in asides(self._connection, self._layout, self._means.entered):
+            aside.clear()
         return {"retired": gone}

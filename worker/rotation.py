@@ -16,19 +16,24 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import census, cutover, discovery, keyfile, keyring, masterkeys, prerequisites, readiness
-from worker.ciphertext import RESEALED, Ciphertext, carried, windows
+from worker import census, cutover, discovery, keyfile, keyring, masterkeys, prerequisites, proof, readiness
+from worker.aside import RESEALED, asides
+from worker.ciphertext import carried, since, windows
 from worker.envelopes import CODECS, ITERATIONS, Pbkdf2
 from worker.errors import Refused, Waits
-from worker.job import REHEARSAL, Batch, Finding, Shard, Tally, Verdict
-from worker.reseal import Resealer, resealer
+from worker.job import REHEARSAL, Batch, Shard, Tally, Target
+from worker.ledger import SHARDS
+from worker.reseal import Census, Resealer, resealer
+from worker.sweeping import Sweeping
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import timedelta
 
     from tasks.rotate_master_key import RotateMasterKey
+    from worker.aside import Aside
     from worker.census import Counted
+    from worker.job import Verdict
     from worker.keyring import MasterKey
     from worker.layouts.model import Carrier
     from worker.masterkeys import Keys, Rotation
@@ -38,6 +43,12 @@ if TYPE_CHECKING:
 _FEW = 2_000
 _MOST_ROUNDS = 20
 SWITCH = "paperclip-worker keys switch"
+_MAKE_READY = "make-ready"
+_READY_CURSORS = (
+    sa.select(SHARDS.c.spec["carrier"].astext, SHARDS.c.cursor["counted"])
+    .where(SHARDS.c.run_id == sa.bindparam("run"), SHARDS.c.key.startswith(f"{_MAKE_READY}:"))
+    .order_by(SHARDS.c.number)
+)
 
 
 class Rotating:
@@ -79,8 +90,8 @@ class Rotating:
             raise TypeError("this rotation has no journal yet")
         return self.journal
 
-    def _each(self) -> Iterator[tuple[Carrier, Ciphertext]]:
-        return carried(self._connection, self._layout)
+    def _asides(self) -> Iterator[tuple[Carrier, Aside]]:
+        return asides(self._connection, self._layout, self._run)
 
     @property
     def _run(self) -> UUID:
@@ -113,21 +124,30 @@ class Rotating:
     def _counted(self) -> Counted:
         return census.count(self._connection, self._layout, self._resealer, new_first=False)
 
+    @staticmethod
+    def require_allowed(lost: int, allowed: int) -> None:
+        """Refused when more ciphertexts open with no key than were allowed."""
+        if lost > allowed:
+            raise Refused(
+                f"{lost} ciphertexts open with no key (`plan` lists them); "
+                f"--allow-undecryptable {lost} leaves them as they are"
+            )
+
+    def held(self) -> tuple[Target, ...]:
+        """The rows that hold ciphertext, whatever opens it. Refused when there is none."""
+        found = tuple(one for _, ciphertext in carried(self._connection, self._layout) for one in ciphertext.held())
+        if not found:
+            raise Refused("there is no ciphertext of a master key in the database: is DATABASE_URL the right one?")
+        return found
+
     # -- laying out ---------------------------------------------------------------------------------
 
     def begin(self, job: RotateMasterKey) -> Rotating:
         """Open the journal: new key staged beside the old, old key sealed under the new."""
-        counted = self._counted
-        if counted.total.lost > job.allow_undecryptable:
-            raise Refused(
-                f"{counted.total.lost} ciphertexts open with no key (`plan` lists them); "
-                f"--allow-undecryptable {counted.total.lost} leaves them as they are"
-            )
         new = self.keys.new or self._generated()
         if job.file and self.keys.source.path is not None:
             keyfile.stage(self.keys.source.path, new, masterkeys.staged_name(self._run))
         self._connection.execute(sa.delete(RESEALED))
-        masterkeys.seen(self._connection, self.keys.old.fingerprint, found=counted.total.old, current=True)
         derived = issubclass(CODECS[self._layout.scheme], Pbkdf2)
         masterkeys.begin(
             self._connection,
@@ -138,7 +158,6 @@ class Rotating:
             salt=os.urandom(16).hex() if derived else None,
             iterations=ITERATIONS if derived else None,
             sealed=keyring.seal_key(self.keys.old, under=new),
-            envelopes={"before": counted.to_json()},
         )
         readiness.mark(self._connection, self._layout, self._run)
         journal = masterkeys.of(self._connection, self._run)
@@ -157,20 +176,27 @@ class Rotating:
         for carrier in self._layout.carriers:
             for first, end in windows(self._connection, carrier):
                 spec = {"carrier": carrier.name, "first": first, "end": end}
-                yield Shard(key=f"make-ready:{carrier.name}:{first}", rows=0, spec=spec, stage=stage)
+                yield Shard(key=f"{_MAKE_READY}:{carrier.name}:{first}", rows=0, spec=spec, stage=stage)
 
     def discovery_shards(self, allowed: Iterable[str], *, stage: int) -> Iterator[Shard]:
         """Every other text and JSON column of the database, to be looked into. Refused where one cannot be."""
         for shard in discovery.shards(self._connection, self._layout, tuple(allowed)):
             yield replace(shard, stage=stage)
 
+    def proof_shards(self, *, stage: int) -> Iterator[Shard]:
+        """The proof at the end, in a part for each worker that may help."""
+        return proof.shards(self._means.settings.parallel, stage=stage)
+
     # -- bites --------------------------------------------------------------------------------------
 
     def claim_ready(self, shard: Shard, after: Mapping[str, Any] | None) -> Batch:
-        """A range to make ready, or a look into the next window of another column's table."""
+        """Make a range ready, or look into the next window of another column's table."""
         if shard.key.startswith(discovery.KEY):
             return discovery.claim(self._connection, self._layout.scheme, shard, after)
-        return Batch(after={"done": True}, exhausted=True, spec=shard.spec)
+        counted = self._make_ready(shard.spec["carrier"], shard.spec["first"], shard.spec["end"])
+        # A rehearsal rolls every bite back, so what it would swap is swapped in this one.
+        swap = self._run == REHEARSAL
+        return Batch(after={"counted": counted.to_json()}, exhausted=True, spec={"swap": swap})
 
     def claim_catch_up(self, after: Mapping[str, Any] | None) -> Batch:
         """Make ready what was written meanwhile, until that is little."""
@@ -186,21 +212,25 @@ class Rotating:
             readiness.mark(self._connection, self._layout, self._run)
             cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
         ready = 0
-        for _, one in self._each():
-            where = sa.true() if everything else one.since(journal.horizon)
-            ready += one.take(self._run, where, self._resealer).ready
+        where = sa.true() if everything else since(journal.horizon)
+        for _, aside in self._asides():
+            ready += aside.take(where, self._resealer).ready
         return ready
 
     def _stands(self) -> bool:
         return readiness.stands(self._connection, self._layout, self._run)
 
-    def claim_cut_over(self, after: Mapping[str, Any] | None) -> Batch:
-        """Refused when unknown columns hold ciphertext. Raises Waits until an operator permits a manual cut-over."""
+    def claim_cut_over(self, after: Mapping[str, Any] | None, allowed: int) -> Batch:
+        """Refused when unknown columns hold ciphertext, or more than allowed opens with no key.
+
+        Raises Waits until an operator permits a manual cut-over.
+        """
         if self._file:
             cutover.settle_file(self.keys, self._journal)
         if found := discovery.found(self._connection, self._run):
             named = ", ".join(f"{column} ({number})" for column, number in sorted(found.items()))
             raise Refused(f"columns this release does not know may hold ciphertext: {named}; see --allow-column")
+        self._note_before(allowed)
         if not self._file and self._journal.permitted_at is None:
             raise Waits(f"ready for the cut-over: stop every server, then `{SWITCH} {self._run}`")
         # The run may have waited or been stopped for long: nobody should wait for what can be made ready before. From
@@ -210,25 +240,32 @@ class Rotating:
             return Batch(after={"rounds": rounds}, exhausted=False)
         return Batch(after={"rounds": rounds}, exhausted=True, spec={"cut over": True})
 
+    def _note_before(self, allowed: int) -> None:
+        """Say in the journal which key opened what when it was made ready."""
+        found, total = dict[str, Census](), Census()
+        for name, counted in self._connection.execute(_READY_CURSORS, {"run": self._run}):
+            one = found.setdefault(name, Census())
+            one += Census(**counted)
+            total += Census(**counted)
+        self.require_allowed(total.lost, allowed)
+        masterkeys.seen(self._connection, self.keys.old.fingerprint, found=total.old, current=True)
+        before = {name: one.to_json() for name, one in found.items()}
+        masterkeys.note(self._connection, self._run, envelopes={"before": before})
+
     def apply(self, batch: Batch) -> Tally:
-        """Make a range ready, cut over, or swap what a sweep found."""
-        if carrier := batch.spec.get("carrier"):
-            self._make_ready(carrier, batch.spec["first"], batch.spec["end"])
-            # A rehearsal rolls every bite back, so what it would swap is swapped in this one.
-            return self._swap() if self._run == REHEARSAL else Tally()
+        """Cut over, or swap what was made ready."""
         if batch.spec.get("cut over"):
             return self._cut_over()
         return self._swap() if batch.spec.get("swap") else Tally()
 
-    def _make_ready(self, name: str, first: int, end: int | None) -> None:
-        for carrier, ciphertext in self._each():
+    def _make_ready(self, name: str, first: int, end: int | None) -> Census:
+        for carrier, aside in self._asides():
             if carrier.name == name:
-                ciphertext.take_window(self._run, first, end, self._resealer)
-                return
+                return aside.take_window(first, end, self._resealer)
         raise Refused(f"this release does not know {name}; resume with the release that began the rotation")
 
     def _swap(self) -> Tally:
-        return sum((ciphertext.swap(self._run) for _, ciphertext in self._each()), Tally())
+        return sum((aside.swap() for _, aside in self._asides()), Tally())
 
     def _cut_over(self) -> Tally:
         cutover.hold_off_writers(self._connection, self._layout, seconds=self._means.settings.scan_timeout)
@@ -252,62 +289,21 @@ class Rotating:
         """Make ready what came with the old key after all; rows found, and whether a server has used the new key."""
         # Else rows of the key that is in use would be sealed with one that is not.
         self._require_in_use()
-        journal, ready, fresh = self._journal, 0, list[str]()
-        lost = not self._stands()
-        if lost:
-            # Which rows were ours is forgotten: only what comes from here on can prove anything.
-            masterkeys.look_from_here(self._connection, self._run)
-            readiness.mark(self._connection, self._layout, self._run)
-        if everything or lost:
-            cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
-        for carrier, ciphertext in self._each():
-            newer = ciphertext.since(journal.horizon, but=journal.cut_over_by)
-            taken = ciphertext.take(self._run, sa.true() if everything or lost else newer, self._resealer)
-            ready += taken.ready
-            fresh += taken.done if carrier.fresh else ()
-        if everything or lost:
-            return ready, journal.proved_at is not None
-        if journal.proved_at is None and self._written_by_others(fresh):
-            masterkeys.note(self._connection, self._run, proved_at=sa.func.clock_timestamp())
-            return ready, True
-        return ready, journal.proved_at is not None
-
-    def _written_by_others(self, keys: list[str]) -> bool:
-        """Whether one of these rows, all under the new key, was never resealed by us."""
-        mine = sa.select(sa.cast(RESEALED.c.key, sa.Text)).where(RESEALED.c.run_id == self._run)
-        return bool(set(keys).difference(self._connection.scalars(mine))) if keys else False
+        return Sweeping(self._means, self._journal, self._resealer).sweep(everything=everything)
 
     # -- after --------------------------------------------------------------------------------------
 
+    def claim_proof(self, shard: Shard, after: Mapping[str, Any] | None) -> Batch:
+        """Look whether everything is as it must be, range by range."""
+        return self._proving.claim(shard, after)
+
     def judge(self) -> Verdict:
         """Whether everything opens with the new key, to what it held, and nothing else of a row was changed."""
-        counted = census.count(self._connection, self._layout, self._resealer, new_first=True)
-        before = self._journal.envelopes["before"].values()
-        findings = [
-            Finding(table=one.table, company=one.company, rows=one.rows, what="still sealed with the old key")
-            for one in counted.targets
-        ]
-        for kind, what in (("lost", "sealed with neither key"), ("odd", "opens to other bytes than its digest says")):
-            more = getattr(counted.total, kind) - sum(one[kind] for one in before)
-            if more > 0:
-                findings.append(self._finding(more, f"{what}, and was not when the run began"))
-        findings += self._altered()
-        source = self.keys.source
-        if self._file and source.key != self.keys.new:
-            findings.append(self._finding(1, f"the key file holds {source.key.fingerprint}, not the new key"))
-        envelopes = {**self._journal.envelopes, "after": counted.to_json()}
-        masterkeys.note(self._connection, self._run, envelopes=envelopes, swept_at=sa.func.clock_timestamp())
-        return Verdict(findings=tuple(findings), left=counted.left())
+        return self._proving.judge()
 
-    def _altered(self) -> Iterator[Finding]:
-        by = self._journal.cut_over_by
-        for carrier, ciphertext in self._each():
-            if by and (number := ciphertext.altered(self._run, by)):
-                what = "another column than the ciphertext was changed with it"
-                yield Finding(table=carrier.table.name, company=None, rows=number, what=what)
-
-    def _finding(self, rows: int, what: str) -> Finding:
-        return Finding(table=self._layout.carriers[0].table.name, company=None, rows=rows, what=what)
+    @property
+    def _proving(self) -> proof.Proving:
+        return proof.Proving(self._means, self.keys, self._journal, self._resealer, file=self._file)
 
     def evidence(self) -> dict[str, Any]:
         """What the receipt says: fingerprints, counts and times. Puts a half-exchanged file right."""

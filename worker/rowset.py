@@ -14,6 +14,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from worker import lines
+from worker.blocks import CTID, within
 from worker.db import Tid
 from worker.job import Amount, Batch, Left, Shard, Tally, Target
 from worker.layouts.model import Keep, Records
@@ -22,7 +23,6 @@ from worker.retention import Cutoffs
 # A window of blocks is the unit in which expired rows are located; about 2,500 rows of an activity log.
 WINDOW_BLOCKS = 64
 _WORD = (1 << 64) - 1
-CTID: sa.ColumnClause[Any] = sa.column("ctid", Tid())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ class RowSet:
             return None
         return Batch(
             after={"block": end},
-            window=sa.and_(tid(sa.literal(begin)) <= CTID, tid(sa.literal(end)) > CTID),
+            window=within(begin, end),
             exhausted=end >= windows[-1][0] + WINDOW_BLOCKS,
         )
 
@@ -253,8 +253,3 @@ def at(batch: Batch, addresses: str) -> Batch:
     """The batch as exactly the rows at these addresses (a tid[] as text). Good in the same snapshot only."""
     rows = sa.any_(sa.cast(sa.literal(addresses), sa.ARRAY(Tid()))) == CTID
     return Batch(after=batch.after, window=rows, exhausted=batch.exhausted, exact=True)
-
-
-def tid(block: sa.ColumnElement[int]) -> sa.ColumnElement[str]:
-    """The address before the first row of a block."""
-    return sa.cast(sa.func.format("(%s,0)", block), Tid())

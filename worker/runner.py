@@ -63,6 +63,8 @@ class Runner:
         self._running: Run | None = None
         # What the operator was last asked for; it stands until a bite went on.
         self._asked: str | None = None
+        # Of the run whose bites are being taken, the stage they are of.
+        self._stage: int | None = None
         self._faulty: UUID | None = None
         self._faults = 0
 
@@ -80,7 +82,7 @@ class Runner:
         retried; any other ends the run as failed, with a receipt, and is raised.
         """
         until = time.monotonic() + seconds
-        self._running = None
+        self._running = self._stage = None
         if self._faulty != run:
             self._faulty, self._faults = run, 0
         while True:
@@ -113,7 +115,7 @@ class Runner:
         """One step of the run, whatever it needs next; None to be called again."""
         if self._running and self._running.id == run_id:
             # `take_shard` looks at the state itself, so between bites the run need not be read again.
-            return self._rest_or_bite(self._running)
+            return self._rest_or_bite(self._running, call_help)
         with self._transaction() as connection:
             run = ledger.get(connection, run_id)
         if run is None:
@@ -122,16 +124,16 @@ class Runner:
             return self._open(run_id, call_help)
         if run.state is State.RUNNING:
             self._running = run
-            return self._rest_or_bite(run)
+            return self._rest_or_bite(run, call_help)
         steps = {State.VERIFYING: self._verify, State.FINISHING: self._finish, State.STOPPING: self._stop}
         return steps[run.state](run_id) if run.state in steps else Outcome.SETTLED
 
     # -- one bite -------------------------------------------------------------------------------------
 
-    def _rest_or_bite(self, run: Run) -> Outcome | None:
+    def _rest_or_bite(self, run: Run, call_help: Callable[[int], None]) -> Outcome | None:
         if (run.waiting or self._throttle.due()) and self._rest(run):
             return None
-        if self._bite(run):
+        if self._bite(run, call_help):
             return None
         self._running = None
         return self._close_sweep(run)
@@ -153,7 +155,7 @@ class Runner:
         time.sleep(1)
         return True
 
-    def _bite(self, run: Run) -> bool:
+    def _bite(self, run: Run, call_help: Callable[[int], None]) -> bool:
         """Take one batch of one shard; False when no shard is free."""
         job = params.from_json(registry.job(run.job), run.params)
         asked = self._throttle.rows(contended=self._contended)
@@ -163,6 +165,10 @@ class Runner:
             held = ledger.take_shard(connection, run.id)
             if held is None:
                 return False
+            if self._stage not in (None, held.shard.stage):
+                # Who found nothing to do in the stage before has gone.
+                self._call_help(ledger.unfinished(connection, run, stage=held.shard.stage), call_help)
+            self._stage = held.shard.stage
             means = self._means(connection, run, contended=self._contended)
             batch = job.claim(means, held.shard, held.cursor, asked)
             objects: tuple[ArchivedObject, ...] = ()
@@ -200,16 +206,19 @@ class Runner:
             job = params.from_json(registry.job(run.job), run.params)
             means = self._means(connection, run)
             check(job, means)
-            plan = job.plan(means)
+            plan = job.plan(means) if run.plan_hash else job.outline(means)
             if run.plan_hash and run.plan_hash != plan.hash:
                 raise Refused("the world has drifted from the plan that was approved; make the plan again")
             ledger.record_plan(connection, run.id, plan)
             number = ledger.add_shards(connection, run.id, run.sweep, job.shards(means, plan))
             ledger.step(connection, run, State.RUNNING)
         log.info("run laid out", run=str(run_id), job=run.job, shards=number, rows=plan.tally.total.rows)
-        if helpers := min(number, self._settings.parallel) - 1:
-            call_help(max(0, helpers))
+        self._call_help(number, call_help)
         return None
+
+    def _call_help(self, shards: int, call_help: Callable[[int], None]) -> None:
+        if (helpers := min(shards, self._settings.parallel) - 1) > 0:
+            call_help(helpers)
 
     def _close_sweep(self, run: Run) -> Outcome | None:
         with self._transaction() as connection:

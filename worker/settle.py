@@ -31,7 +31,7 @@ def verify(means: Means, job: Job, run: Run) -> State:
     findings = [one.to_json() for one in verdict.findings]
     values = {"findings": findings, "left_rows": [one.to_json() for one in verdict.left]}
     if findings and run.sweep < SWEEPS:
-        ledger.add_shards(means.connection, run.id, run.sweep + 1, job.shards(means, job.plan(means)))
+        ledger.add_shards(means.connection, run.id, run.sweep + 1, job.shards(means, job.outline(means)))
         ledger.step(means.connection, run, State.RUNNING, sweep=run.sweep + 1, **values)
         return State.RUNNING
     ledger.step(means.connection, run, State.FINISHING, **values)

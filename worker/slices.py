@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
 
+from worker import blocks
 from worker.job import Shard, Target
-from worker.rowset import CTID, WINDOW_BLOCKS, RowSet, tid
+from worker.rowset import WINDOW_BLOCKS, RowSet
 
 SHARD_ROWS = 20_000
 MOST_SHARDS = 16
@@ -42,32 +42,15 @@ def _by_blocks(rows: RowSet, connection: sa.Connection, targets: Sequence[Target
     if archive:
         # One object a bite, of one company, instead of one for each company whose rows share the blocks.
         return False
-    blocks, tuples = _extent(rows, connection)
-    return blocks <= SMALL_TABLE_BLOCKS or sum(one.rows for one in targets) >= LARGE_SHARE * tuples
-
-
-def _extent(rows: RowSet, connection: sa.Connection) -> tuple[int, float]:
-    """The table's blocks now, and its rows as the planner estimates them."""
-    quote = postgresql.dialect().identifier_preparer.format_table  # type: ignore[no-untyped-call]
-    name = sa.cast(sa.literal(quote(rows.what.table)), postgresql.REGCLASS)
-    blocks = sa.func.pg_relation_size(name) / sa.func.current_setting("block_size").cast(sa.BigInteger)
-    tuples = (
-        sa.select(sa.column("reltuples"))
-        .select_from(sa.table("pg_class", schema="pg_catalog"))
-        .where(sa.column("oid") == name)
-        .scalar_subquery()
-    )
-    row = connection.execute(sa.select(blocks, tuples)).one()
-    return int(row[0]), max(float(row[1]), 0.0)
+    if blocks.number(connection, rows.what.table) <= SMALL_TABLE_BLOCKS:
+        return True
+    return sum(one.rows for one in targets) >= LARGE_SHARE * blocks.estimated_rows(connection, rows.what.table)
 
 
 def _block_shards(rows: RowSet, connection: sa.Connection) -> Iterator[Shard]:
     # Where old rows are is enough here: what a keep holds back is few, and asking would cost a second plan.
-    blocks, _ = _extent(rows, connection)
-    # In one pass: a scan for each window leaves the planner to choose what it does again for each of them.
-    place = sa.func.generate_series(0, max(blocks - 1, 0), WINDOW_BLOCKS).column_valued("place")
-    starts = sa.select(sa.func.array_agg(postgresql.aggregate_order_by(tid(place), place))).scalar_subquery()
-    first = ((sa.func.width_bucket(CTID, starts) - 1) * WINDOW_BLOCKS).label("first")
+    end = blocks.number(connection, rows.what.table)
+    first = blocks.first_of(WINDOW_BLOCKS, 0, end).label("first")
     counted = connection.execute(
         sa.select(first, sa.func.count()).select_from(rows.what.table).where(rows.old).group_by(first)
     )

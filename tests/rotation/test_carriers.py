@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections import Counter
 from typing import Any
 from uuid import UUID
@@ -141,17 +142,33 @@ def test_another_column_that_changes_with_the_ciphertext_breaks_the_promise(vaul
     assert result["findings"][0]["rows"] == 40
 
 
-def test_a_large_deployment_is_made_ready_in_several_ranges(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [1_200, 9_000], ids=["in the table", "beside it"])
+def test_a_large_deployment_is_looked_at_in_several_ranges(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr("worker.ciphertext._WINDOW_BLOCKS", 16)
     monkeypatch.setattr("worker.ciphertext._WINDOW_BYTES", 1 << 16)
+    monkeypatch.setattr("worker.ciphertext._STEP", 1)
+    monkeypatch.setattr("worker.proof._RANGE", 1)
     with vault.connect() as connection:
+        # Large values are compressed, and those that still are large lie in another table, so blocks say little.
         for number in range(300):
-            vault.add_version(connection, f"{number}" + "v" * 1_200)
+            vault.add_version(connection, f"{number}" + os.urandom(size).hex()[:size])
     rest = vault.rest()
     run = steps.start(vault, generate=True)
-    assert steps.work(vault, run)["kept"] is True
+    result = steps.work(vault, run)
+    assert result["kept"] is True
     ((ranges,),) = vault.deployment.query(
         "SELECT count(*) FROM paperclip_worker.shards WHERE key LIKE 'make-ready:company_secret_versions%'"
     )
     assert ranges > 2
+    for key, bites in vault.deployment.query(
+        "SELECT key, bites FROM paperclip_worker.shards WHERE key ~ 'prove:[01]'"
+    ):
+        assert bites > 2, key
     assert vault.opened(vault.now) == vault.held
     assert vault.rest() == rest
+    envelopes = result["receipt"]["evidence"]["envelopes"]
+    held = sum(values.total() for values in vault.held.values())
+    assert sum(one["old"] for one in envelopes["before"].values()) == held
+    assert sum(one["new"] for one in envelopes["after"].values()) == held

@@ -13,7 +13,7 @@ from tests.faults.doomed import AFTER, BEFORE, COMMITTED, UNCOMMITTED, Step
 from tests.faults.evidence import check_anchored, complete
 from tests.rotation.vault import Vault
 from worker import audit, cutover, discovery, keyfile, keyring, ledger, masterkeys
-from worker.ciphertext import Ciphertext
+from worker.aside import Aside
 from worker.keyring import MasterKey
 from worker.rotation import Rotating
 
@@ -26,7 +26,7 @@ BEGIN: dict[str, Step] = {
     "laid out": (ledger, "add_shards", 1, COMMITTED),
 }
 READY: dict[str, Step] = {
-    "read, nothing made ready": (Ciphertext, "_put", 1, BEFORE),
+    "read, nothing made ready": (Aside, "_put", 1, BEFORE),
     "made ready, uncommitted": (Rotating, "_make_ready", 1, UNCOMMITTED),
     "made ready, committed": (Rotating, "_make_ready", 1, COMMITTED),
     "after a look elsewhere": (discovery, "claim", 1, COMMITTED),

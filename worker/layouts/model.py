@@ -113,22 +113,34 @@ class TaskTable(Records):
 class Carrier:
     """A JSON column that holds ciphertext of the master key, as a whole or somewhere in it.
 
-    `company` is a scalar expression; `digest` the column with the plaintext's SHA-256, where the ciphertext is the
-    whole value; `reads` what the expression reads besides. `fresh`: a row the app adds holds ciphertext made then,
-    and not a copy of older.
+    `owner` says whose a row is: its company, or with `owners` (key, company) a row there. `digest` is the column with
+    the plaintext's SHA-256, where the ciphertext is the whole value. `fresh`: a row the app adds holds ciphertext
+    made then, and not a copy of older.
     """
 
     table: sa.Table
     key: sa.Column[Any]
     column: sa.Column[Any]
-    company: sa.ColumnElement[Any]
+    owner: sa.Column[Any]
+    owners: tuple[sa.Column[Any], sa.Column[Any]] | None = None
     digest: sa.Column[Any] | None = None
-    reads: tuple[sa.Table, ...] = ()
     fresh: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.table.name}.{self.column.name}"
+
+    @property
+    def reads(self) -> tuple[sa.Table, ...]:
+        """The tables it reads."""
+        return (self.table,) if self.owners is None else (self.table, self.owners[0].table)
+
+    def whose(self, rows: sa.FromClause, owner: sa.ColumnElement[Any]) -> tuple[sa.FromClause, sa.ColumnElement[Any]]:
+        """Rows and their companies, `owner` being what the rows have in that column."""
+        if self.owners is None:
+            return rows, owner
+        key, company = self.owners
+        return rows.outerjoin(key.table, key == owner), company
 
 
 @dataclass(frozen=True, kw_only=True)

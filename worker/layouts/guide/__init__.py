@@ -47,8 +47,8 @@ _MATERIAL = Carrier(
     table=_VERSIONS,
     key=_VERSIONS.c.id,
     column=_VERSIONS.c.material,
-    company=sa.select(_SECRETS.c.company_id).where(_SECRETS.c.id == _VERSIONS.c.secret_id).scalar_subquery(),
-    reads=(_SECRETS,),
+    owner=_VERSIONS.c.secret_id,
+    owners=(_SECRETS.c.id, _SECRETS.c.company_id),
     fresh=True,
 )
 

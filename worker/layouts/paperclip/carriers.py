@@ -21,7 +21,7 @@ _VERSIONS = _table("company_secret_versions", "material", secret_id=sa.Uuid, val
 
 def _owned(name: str, column: str, *, fresh: bool = False) -> Carrier:
     found = _table(name, column, company_id=sa.Uuid)
-    return Carrier(table=found, key=found.c.id, column=found.c[column], company=found.c.company_id, fresh=fresh)
+    return Carrier(table=found, key=found.c.id, column=found.c[column], owner=found.c.company_id, fresh=fresh)
 
 
 # In the order the app locks them.
@@ -30,9 +30,9 @@ CARRIERS = (
         table=_VERSIONS,
         key=_VERSIONS.c.id,
         column=_VERSIONS.c.material,
-        company=sa.select(SECRETS.c.company_id).where(SECRETS.c.id == _VERSIONS.c.secret_id).scalar_subquery(),
+        owner=_VERSIONS.c.secret_id,
+        owners=(SECRETS.c.id, SECRETS.c.company_id),
         digest=_VERSIONS.c.value_sha256,
-        reads=(SECRETS,),
         fresh=True,
     ),
     _owned("company_secret_proposals", "value_ciphertext", fresh=True),

@@ -1,0 +1,158 @@
+"""New ciphertext beside the tables: made ready for rows as they are, and swapped in by one statement.
+
+A row's place and version (ctid, xmin) name exactly one state of it: what was made ready for that state is swapped in
+only while it lasts. Whoever changes a row makes it another, which is looked at again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from worker import db
+from worker.blocks import CTID
+from worker.ciphertext import VERSION, Ciphertext, of, xid
+from worker.db import Tid, Xid
+from worker.job import Amount, Tally
+from worker.ledger import SCHEMA
+from worker.reseal import Census
+
+if TYPE_CHECKING:
+    from worker.ciphertext import Part
+    from worker.layouts.model import Carrier, Layout
+    from worker.reseal import Resealer
+
+_SPOOL = 16 << 20
+
+RESEALED = sa.Table(
+    "resealed",
+    sa.MetaData(schema=SCHEMA),
+    sa.Column("run_id", sa.Uuid),
+    sa.Column("carrier", sa.Text),
+    sa.Column("key", sa.Uuid),
+    sa.Column("place", Tid()),
+    sa.Column("version", Xid()),
+    sa.Column("rest", sa.BigInteger),
+    sa.Column("value", postgresql.JSONB),
+)
+_COPY_IN = f"COPY {SCHEMA}.resealed FROM STDIN WITH (FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01')".encode()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What a look found: envelopes by key, rows made ready, and the keys of rows all under the new key."""
+
+    counted: Census
+    ready: int
+    done: list[str]
+
+
+class Aside:
+    """What a run made ready of one carrier, in one transaction."""
+
+    def __init__(self, ciphertext: Ciphertext, run: UUID) -> None:
+        self._ciphertext = ciphertext
+        self._connection = ciphertext.connection
+        self._carrier = ciphertext.carrier
+        self._run = run
+
+    def take_window(self, first: int, end: int | None, resealer: Resealer) -> Census:
+        """Seal anew, beside the table, what the old key opens in these blocks. Nobody waits for it."""
+        return self._take([self._ciphertext.window(first, end, rest=True)], resealer, again=False).counted
+
+    def take(self, where: sa.ColumnElement[bool], resealer: Resealer) -> Taken:
+        """The same for rows that may have been made ready before, in another state."""
+        return self._take(self._ciphertext.rows(where, rest=True), resealer, again=True)
+
+    def _take(self, parts: Iterable[Part], resealer: Resealer, *, again: bool) -> Taken:
+        counted, ready, done, taken = Census(), 0, list[str](), list[str]()
+        prefix = f"{self._run}\x02{self._carrier.name}\x02".encode()
+        with tempfile.SpooledTemporaryFile(max_size=_SPOOL) as spool:
+            for part in parts:
+                rows = zip(part.keys, part.places, part.versions, part.rests, strict=True)
+                sealed = resealer.resealed(part.texts, part.digests)
+                for (key, place, version, rest), (value, one) in zip(rows, sealed, strict=True):
+                    counted += one
+                    if value is not None:
+                        ready += 1
+                        spool.write(b"%b%b\x02%b\x02%b\x02%b\x02%b\n" % (prefix, key, place, version, rest, value))
+                        if again:
+                            taken.append(key.decode())
+                    elif again and one.new and not one.lost:
+                        done.append(key.decode())
+            self._forget(taken)
+            spool.seek(0)
+            self._put(spool)
+        return Taken(counted=counted, ready=ready, done=done)
+
+    def _forget(self, keys: list[str]) -> None:
+        """Drop what was made ready of these rows in a state they are no longer in."""
+        if keys:
+            of_carrier = sa.and_(RESEALED.c.run_id == self._run, RESEALED.c.carrier == self._carrier.name)
+            which = sa.any_(sa.literal(keys, sa.ARRAY(sa.Uuid(as_uuid=False))))
+            self._connection.execute(sa.delete(RESEALED).where(of_carrier, RESEALED.c.key == which))
+
+    def _put(self, lines: IO[bytes]) -> None:
+        with db.driver(self._connection).cursor() as cursor, cursor.copy(_COPY_IN) as copy:
+            while chunk := lines.read(1 << 20):
+                copy.write(chunk)
+
+    def swap(self) -> Tally:
+        """Put what was made ready in its place, wherever the row is still in that state."""
+        carrier = self._carrier
+        done = (
+            sa.update(carrier.table)
+            .values({carrier.column: RESEALED.c.value})
+            .where(
+                RESEALED.c.run_id == self._run,
+                RESEALED.c.carrier == carrier.name,
+                of(carrier.table, CTID) == RESEALED.c.place,
+                of(carrier.table, VERSION) == RESEALED.c.version,
+            )
+            .returning(
+                carrier.owner.label("owner"),
+                sa.func.pg_column_size(carrier.column).label("size"),
+            )
+            .cte("done")
+        )
+        # First by owner: companies of so many rows would be looked up one by one.
+        sums = (sa.func.count().label("rows"), sa.func.sum(done.c.size).label("size"))
+        owned = sa.select(done.c.owner, *sums).group_by(done.c.owner).subquery("owned")
+        source, company = carrier.whose(owned, owned.c.owner)
+        whose = sa.cast(company, sa.Text)
+        query = sa.select(whose, sa.func.sum(owned.c.rows), sa.func.sum(owned.c.size)).group_by(whose)
+        found = self._connection.execute(query.select_from(source))
+        name = carrier.table.name
+        return Tally({(name, row[0]): Amount(int(row[1]), int(row[2])) for row in found})
+
+    def clear(self) -> None:
+        """Forget what a run made ready."""
+        self._connection.execute(sa.delete(RESEALED).where(RESEALED.c.run_id == self._run))
+
+    def altered(self, by: str) -> int:
+        """Rows swapped by a transaction and untouched since whose other columns are not what they were."""
+        carrier = self._carrier
+        query = (
+            sa.select(sa.func.count())
+            .select_from(carrier.table)
+            .join(RESEALED, RESEALED.c.key == carrier.key)
+            .where(
+                RESEALED.c.run_id == self._run,
+                RESEALED.c.carrier == carrier.name,
+                of(carrier.table, VERSION) == xid(by),
+                RESEALED.c.rest != self._ciphertext.rest(),
+            )
+        )
+        return self._connection.execute(query).scalar_one()
+
+
+def asides(connection: sa.Connection, layout: Layout, run: UUID) -> Iterator[tuple[Carrier, Aside]]:
+    """Every carrier of a layout, with what a run made ready of it."""
+    for carrier in layout.carriers:
+        yield carrier, Aside(Ciphertext(connection, carrier, layout.scheme), run)
