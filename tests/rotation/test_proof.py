@@ -1,0 +1,86 @@
+"""The proof at the end: taken in bites, by however many workers, and still about every row there is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from tests.rotation import steps
+from tests.rotation.vault import Vault
+from worker.runner import Outcome
+
+
+def _work_until(vault: Vault, run: UUID, condition: str) -> None:
+    """Work on a run until what its shards say is so."""
+    query = f"SELECT {condition} FROM paperclip_worker.shards WHERE run_id = %s"
+
+    def reached() -> bool:
+        ((found,),) = vault.deployment.query(query, run)
+        return bool(found)
+
+    assert vault.deployment.operations.runner().work(run, seconds=math.inf, leave=reached) is Outcome.MORE
+    assert reached()
+
+
+def _envelopes(result: dict[str, Any], key: str) -> int:
+    after = result["receipt"]["evidence"]["envelopes"]["after"]
+    return sum(one[key] for one in after.values())
+
+
+def _held(vault: Vault) -> int:
+    return sum(values.total() for values in vault.held.values())
+
+
+def test_what_comes_after_the_last_bite_is_seen_and_swept(vault: Vault) -> None:
+    run = steps.start(vault, generate=True)
+    _work_until(vault, run, "bool_and(done)")
+    with vault.connect() as connection:
+        vault.add_version(connection, "late")
+    result = steps.work(vault, run)
+    assert result["state"] == "kept"
+    ((sweeps,),) = vault.deployment.query("SELECT max(sweep) FROM paperclip_worker.shards WHERE run_id = %s", run)
+    assert sweeps == 2
+    assert _envelopes(result, "new") == _held(vault)
+    assert vault.opened(vault.now) == vault.held
+
+
+def test_a_row_that_no_longer_opens_after_its_bite_breaks_the_promise(vault: Vault) -> None:
+    run = steps.start(vault, generate=True)
+    _work_until(vault, run, "bool_and(done)")
+    vault.deployment.query(
+        "UPDATE company_secret_versions SET material = jsonb_set(material, '{tag}', '\"AAAAAAAAAAAAAAAAAAAAAA==\"') "
+        "WHERE id = (SELECT id FROM company_secret_versions ORDER BY id LIMIT 1)"
+    )
+    result = steps.work(vault, run)
+    assert result["state"] == "unkept"
+    assert {one["what"] for one in result["findings"]} == {"sealed with neither key, and was not when the run began"}
+
+
+def test_rows_that_are_moved_between_two_bites_are_seen(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.proof._RANGE", 1)
+    run = steps.start(vault, generate=True)
+    _work_until(vault, run, "count(*) FILTER (WHERE key = 'prove:0' AND bites > 1) > 0")
+    with psycopg.connect(vault.deployment.environment["DATABASE_URL"], autocommit=True) as connection:
+        connection.execute("VACUUM FULL company_secret_versions")
+    result = steps.work(vault, run)
+    assert result["state"] == "kept"
+    assert _envelopes(result, "new") == _held(vault)
+
+
+def test_help_is_called_for_again_when_there_is_work_for_more(vault: Vault) -> None:
+    called: list[tuple[int, int]] = []
+
+    def call_help(number: int) -> None:
+        query = "SELECT min(stage) FROM paperclip_worker.shards WHERE run_id = %s AND NOT done"
+        ((stage,),) = vault.deployment.query(query, run)
+        called.append((stage, number))
+
+    run = steps.start(vault, generate=True)
+    runner = vault.deployment.operations.runner()
+    assert runner.work(run, seconds=math.inf, call_help=call_help) is Outcome.SETTLED
+    # Who lays the run out has help at once; between, there is one thing to do at a time.
+    assert called == [(steps.MAKE_READY, 1), (steps.SWEEP, 1)]
