@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class RetireMasterKey(Job):
     """Destroy old master keys under seal whose time is over, once nothing in the database is left under them.
 
-    Afterwards no rollback to them is possible, and backups made under them need a copy of the key from elsewhere.
+    Until then each run seals anew what came with one of them after all. Afterwards no rollback to them is possible,
+    and backups made under them need a copy of the key from elsewhere.
     """
 
     name = "retire-master-key"
@@ -53,12 +54,12 @@ class RetireMasterKey(Job):
 
     def plan(self, means: Means) -> Plan:
         targets: list[Target] = []
-        notes = []
-        for rotation, counted in means.retiring(self.key).counted():
+        notes, retiring = [], means.retiring(self.key)
+        due = {one.run_id for one in retiring.due}
+        for rotation, counted in retiring.counted():
             targets += counted.targets
-            notes.append(
-                f"{rotation.old_key}: replaced by {rotation.new_key} in run {rotation.run_id}, then destroyed"
-            )
+            then = "destroyed" if rotation.run_id in due else f"kept until {rotation.retire_after:%Y-%m-%d %H:%M %Z}"
+            notes.append(f"{rotation.old_key}: replaced by {rotation.new_key} in run {rotation.run_id}; {then}")
         return Plan(
             job=self.name,
             params=to_json(self),
@@ -66,7 +67,7 @@ class RetireMasterKey(Job):
             now=means.now,
             targets=tuple(targets),
             left=(),
-            notes=tuple(notes) or ("no key under seal is due",),
+            notes=tuple(notes) or ("no key is under seal",),
         )
 
     def overdue(self, means: Means) -> tuple[Overdue, ...]:
@@ -75,7 +76,7 @@ class RetireMasterKey(Job):
         return (Overdue(table="rotations", rows=len(due), oldest=oldest),)
 
     def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:
-        for rotation in means.retiring(self.key).due:
+        for rotation in means.retiring(self.key).swept:
             spec = {"rotation": str(rotation.run_id)}
             yield Shard(key=f"sweep:{rotation.old_key}", rows=plan.tally.total.rows, spec=spec)
 

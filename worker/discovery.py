@@ -49,9 +49,7 @@ _COLUMNS = sa.text(
 
 def shards(connection: sa.Connection, layout: Layout, allowed: tuple[str, ...]) -> Iterator[Shard]:
     """Shards of tables with columns to look into. Refused, with one named, where a column may not be read."""
-    known = {f"public.{one.name}" for one in layout.carriers} | {
-        name if name.count(".") > 1 else f"public.{name}" for name in allowed
-    }
+    known = {f"public.{one.name}" for one in layout.carriers} | set(map(_whole, allowed))
     tables: dict[tuple[str, str], dict[str, Any]] = {}
     for schema, table, column, readable, blocks in connection.execute(_COLUMNS):
         if f"{schema}.{table}.{column}" in known:
@@ -70,6 +68,17 @@ def shards(connection: sa.Connection, layout: Layout, allowed: tuple[str, ...]) 
             held, blocks = [], 0
     if held:
         yield _shard(held)
+
+
+def require_columns(connection: sa.Connection, allowed: Iterable[str]) -> None:
+    """Refused when one of these names is that of no text or JSON column."""
+    there = {f"{schema}.{table}.{column}" for schema, table, column, *_ in connection.execute(_COLUMNS)}
+    if unknown := [name for name in allowed if _whole(name) not in there]:
+        raise Refused(f"--allow-column: {unknown[0]} is no text or JSON column of a table; give TABLE.COLUMN")
+
+
+def _whole(name: str) -> str:
+    return name if name.count(".") > 1 else f"public.{name}"
 
 
 def _require_readable(tables: Iterable[Mapping[str, Any]]) -> None:

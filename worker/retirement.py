@@ -1,4 +1,4 @@
-"""How old master keys under seal come to their end: one more sweep over everything, and then the seal is dropped."""
+"""How old master keys under seal come to their end: swept for as long as they are there, then the seal is dropped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Retiring:
-    """The old keys whose time is over as of the run's start, or the one key that was named."""
+    """The old keys under seal, those whose time is over as of the run's start, or the one key that was named."""
 
     def __init__(self, means: Means, key: str | None) -> None:
         self._means = means
@@ -32,14 +32,21 @@ class Retiring:
         self._key = key
 
     @cached_property
-    def due(self) -> list[Rotation]:
-        """The rotations whose old key is to go, each key once."""
+    def swept(self) -> list[Rotation]:
+        """The rotations whose old key is looked for, each key once."""
         held = masterkeys.under_seal(self._connection)
         if self._key is not None:
             return [one for one in held if one.old_key == self._key][:1]
-        over = [one for one in held if one.retire_after is not None and one.retire_after <= self._means.now]
         # After a rollback the key in use lies under a seal as well.
-        return [one for one in over if one.old_key != self._current.fingerprint]
+        return [one for one in held if one.old_key != self._current.fingerprint]
+
+    @property
+    def due(self) -> list[Rotation]:
+        """Those whose old key is to go."""
+        return [one for one in self.swept if self._key is not None or self._over(one)]
+
+    def _over(self, one: Rotation) -> bool:
+        return one.retire_after is not None and one.retire_after <= self._means.now
 
     @cached_property
     def _keys(self) -> dict[str, MasterKey]:
@@ -80,13 +87,13 @@ class Retiring:
 
     def counted(self) -> Iterator[tuple[Rotation, Counted]]:
         """For each key what is still sealed with it."""
-        for one in self.due:
+        for one in self.swept:
             yield one, census.count(self._connection, self._layout, self._resealer(one), new_first=True)
 
     def sweep(self, run: UUID) -> int:
         """Make ready, under the key in use, what is still under `run`'s old key; how many rows."""
         found = 0
-        for one in (rotation for rotation in self.due if rotation.run_id == run):
+        for one in (rotation for rotation in self.swept if rotation.run_id == run):
             for _, aside in asides(self._connection, self._layout, self._means.entered):
                 found += aside.take(sa.true(), self._resealer(one)).ready
         return found
@@ -99,7 +106,7 @@ class Retiring:
         )
 
     def verdict(self) -> Verdict:
-        """Whether nothing at all is left under the keys that go."""
+        """Whether nothing at all is left under the old keys."""
         findings = tuple(
             Finding(table=one.table, company=one.company, rows=one.rows, what=f"still under {rotation.old_key}")
             for rotation, counted in self.counted()

@@ -103,6 +103,7 @@ class Rotating:
         """Refused when the keys are the same, the file cannot be exchanged, or another rotation is half done."""
         prerequisites.require_exchangeable(self.keys, self.journal, file=job.file)
         self._require_in_use()
+        discovery.require_columns(self._connection, job.allow_column)
         prerequisites.require_none_half_done(self._connection, run=self._means.run, rollback=job.rollback)
 
     def _require_in_use(self) -> None:

@@ -122,7 +122,8 @@ def test_text_that_looks_like_an_envelope_is_text(released_vault: Vault) -> None
 def test_columns_of_types_without_a_hash_are_watched_as_well(vault: Vault) -> None:
     vault.deployment.query(
         "ALTER TABLE company_secret_versions ADD words tsvector DEFAULT 'a b', ADD place point DEFAULT '(1,2)', "
-        "ADD old json DEFAULT '{}', ADD many json[] DEFAULT '{}', ADD tree xml, ADD strange \"char\" DEFAULT 'x'"
+        "ADD old json DEFAULT '{}', ADD many json[] DEFAULT '{}', ADD tree xml, ADD strange \"char\" DEFAULT 'x', "
+        "ADD made text GENERATED ALWAYS AS (md5(material::text)) STORED"
     )
     assert vault.run("--generate")["kept"] is True
     assert vault.opened(vault.now) == vault.held

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from psycopg import sql
 
+from tests.cli.helpers import refused
 from tests.rotation import steps
 from tests.rotation.vault import Vault
 from worker.errors import Refused
@@ -119,6 +120,15 @@ def test_an_allowed_column_does_not_stop_it(released_vault: Vault) -> None:
     assert after == before
     # What the runs before left beside the key file went with the last one.
     assert [one.name for one in vault.file.parent.iterdir()] == ["master.key"]
+
+
+@pytest.mark.parametrize("name", ["issues.no_such", "nothing", "public.companies.id", ""])
+def test_a_name_of_no_column_is_refused(released_vault: Vault, name: str) -> None:
+    """Mistyped, it would allow nothing and say so only when all is made ready."""
+    before = steps.everything(released_vault)
+    words = ("run", "rotate-master-key", "--inline", "--yes", "--generate", "--allow-column", name)
+    refused(released_vault.deployment, *words, says="--allow-column: .* is no text or JSON column")
+    assert steps.everything(released_vault) == before
 
 
 def test_text_about_the_scheme_does_not_stop_it(vault: Vault) -> None:

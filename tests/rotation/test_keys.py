@@ -50,6 +50,22 @@ def test_a_key_whose_time_is_not_over_stays(vault: Vault) -> None:
     assert listed(vault)["rotations"][0]["state"] == "under seal"
 
 
+def test_stragglers_are_swept_long_before_the_time_of_their_key_is_over(vault: Vault) -> None:
+    """A run that wrote back an old context would be unreadable until then."""
+    old = rotated(vault)
+    with vault.connect() as connection:
+        vault.add_version(connection, "late", key=vault.key)
+    plan = vault.deployment.json("plan", "retire-master-key")
+    assert plan["rows"] == 1
+    assert f"{old}: replaced by {vault.now.fingerprint}" in plan["notes"][0]
+    assert "; kept until " in plan["notes"][0]
+    result = vault.deployment.json(*RETIRE[:-1])
+    assert (result["kept"], result["rows"]) == (True, 1)
+    assert result["receipt"]["evidence"]["retired"] == []
+    assert vault.opened(vault.now) == vault.held
+    assert listed(vault)["rotations"][0]["state"] == "under seal"
+
+
 def test_a_key_whose_time_is_over_goes_and_stragglers_are_swept(vault: Vault) -> None:
     old = rotated(vault)
     with vault.connect() as connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from tests.cli.helpers import refused
@@ -50,6 +51,7 @@ def test_the_notes_say_keys_and_counts_of_each_carrier(vault: Vault) -> None:
         )
         assert said in notes
     assert [one for one in notes if one.startswith("lock: writers wait about 0.1 s")]
+    assert [one for one in notes if re.fullmatch(r"disk: the database grows by about \d+ MiB, WAL included", one)]
     assert vault.deployment.json("plan", "rotate-master-key", "--generate")["notes"][0].startswith(
         f"keys: from {vault.key.fingerprint} to a key still to be made;"
     )
