@@ -17,8 +17,9 @@ from tests.rotation.vault import Vault
 from worker import app, timetable
 
 pytestmark = pytest.mark.faults
-# No message of a dead worker is handed out again within the time of a test: what comes, comes of the rescue.
-WORKER, SETTINGS = ("worker", "--concurrency=1"), {"rescue_after": "1", "slice_seconds": "60"}
+# One message for a run, and a dead worker's is not handed out again within the time of a test: who comes was sent by
+# the rescue.
+WORKER, SETTINGS = ("worker", "--concurrency=1"), {"rescue_after": "1", "slice_seconds": "60", "parallel": "1"}
 
 
 @pytest.fixture
