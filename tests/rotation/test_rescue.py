@@ -50,15 +50,14 @@ def _waits_for_its_lock(vault: Vault) -> bool:
     return bool(vault.deployment.query(query + "AND mode = 'ExclusiveLock' AND NOT granted")[0][0])
 
 
-@pytest.mark.parametrize("step", ["renamed, uncommitted", "in the first sweep"])
-def test_beat_has_it_taken_up(released_vault: Vault, broker: redis.Redis, step: str) -> None:
+def test_beat_has_it_taken_up(released_vault: Vault, broker: redis.Redis) -> None:
     """By a worker that was up before there was a run, and whose own look for stalled ones found none."""
     vault = released_vault
     rest = vault.rest()
     with vault.deployment.worker(*WORKER, **SETTINGS), app.make(vault.deployment.operations.settings) as celery:
         wait(lambda: celery.control.ping(timeout=0.3))
         run = test_kills.begin(vault)
-        test_kills.work_and_die(vault, step, run)
+        test_kills.work_and_die(vault, "renamed, uncommitted", run)
         _wait_until_stalled(vault)
         assert vault.deployment.operations.find(str(run)).state.value == "running"
         with vault.deployment.worker("beat", beat_seconds="1", backlog_every="0"):

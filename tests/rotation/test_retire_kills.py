@@ -22,7 +22,6 @@ pytestmark = pytest.mark.faults
 
 SWEPT, VERIFIED, DROPPED, SETTLED = "what was left is sealed anew", "verified", "a seal is dropped", "settled"
 BEFORE_IT: dict[str, Step] = {
-    "what was left is sealed anew, uncommitted": (Retiring, "swap", 1, UNCOMMITTED),
     "before the seal is dropped": (masterkeys, "destroy", 1, BEFORE),
     DROPPED: (masterkeys, "destroy", 1, AFTER),
     "receipt written, uncommitted": (audit, "append", 1, UNCOMMITTED),
