@@ -13,7 +13,7 @@ import pytest
 
 from tests.cli.helpers import refused
 from tests.faults import doomed
-from tests.faults.doomed import AFTER, BEFORE, COMMITTED, UNCOMMITTED, Step
+from tests.faults.doomed import AFTER, COMMITTED, UNCOMMITTED, Step
 from tests.faults.evidence import check_anchored
 from tests.rotation import steps, test_kills
 from tests.rotation.vault import Vault
@@ -30,7 +30,6 @@ SWITCH: dict[str, Step] = {
     "permit committed": (masterkeys, "permit", 1, COMMITTED),
 }
 CUT_OVER: dict[str, Step] = {
-    "permitted, not begun": (Rotating, "claim_cut_over", 1, BEFORE),
     "swapped": (Rotating, "_swap", 1, AFTER),
     UNDONE: (Rotating, "_cut_over", 1, UNCOMMITTED),
 }
