@@ -44,10 +44,10 @@ def settle_file(keys: Keys, journal: Rotation) -> None:
 
 
 def swap_file(keys: Keys, journal: Rotation) -> None:
-    """Put the staged new key in the old one's place, by one rename."""
+    """Put the staged new key in the old one's place, by one rename. Refused when another key is staged there."""
     path = keys.source.path
-    if path is not None:
-        keyfile.swap(path, keyfile.staged_path(path, journal.staged), expected=keys.old)
+    if path is not None and keys.new is not None:
+        keyfile.swap(path, keyfile.stage(path, keys.new, journal.staged), expected=keys.old)
 
 
 def allow(connection: sa.Connection, *, seconds: float) -> None:

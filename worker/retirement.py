@@ -115,7 +115,13 @@ class Retiring:
         return Verdict(findings=findings, left=())
 
     def destroy(self) -> dict[str, Any]:
-        """Drop the seals."""
+        """Drop the seals. Refused when there is ciphertext of theirs after all: it would be lost."""
+        for rotation, counted in self.counted():
+            if number := counted.total.old:
+                raise Refused(
+                    f"{number} ciphertexts came under {rotation.old_key} since they were looked for; "
+                    "resume the run, which seals them anew"
+                )
         gone = [one.old_key for one in self.due]
         for one in self.due:
             masterkeys.destroy(self._connection, one, by=self._means.entered)

@@ -1,6 +1,6 @@
-"""A worker in a process of its own that is killed at a chosen step.
+"""A worker, or a command, in a process of its own that is killed at a chosen step.
 
-It works inline, without a broker. The kill is SIGKILL to itself, so nothing after the step runs.
+A worker works inline, without a broker. The kill is SIGKILL to itself, so nothing after the step runs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from uuid import UUID
 
 import psycopg
 
+from cli import cli
 from tasks.prune_logs import PruneLogs
 from tasks.restore_logs import RestoreLogs
 from worker import anchors, archive, audit, config, ledger, logs
@@ -117,24 +118,36 @@ def arm(step: Step) -> None:
     _wrap(psycopg.Connection, "commit", at(UNCOMMITTED), at(COMMITTED))
 
 
-def _work(table: str, step: str, run: UUID, environment: Mapping[str, str]) -> None:
+def _do(table: str, step: str, what: UUID | tuple[str, ...], environment: Mapping[str, str]) -> None:
     # First: the conftest that it may import clears the environment.
     where = importlib.import_module(table).STEPS[step]
     logs.silence()
     os.environ.update(environment)
     arm(where)
-    Operations(config.load()).runner().work(run, seconds=math.inf)
+    if isinstance(what, UUID):
+        Operations(config.load()).runner().work(what, seconds=math.inf)
+    else:
+        cli.main(what, standalone_mode=False)
 
 
 def work_and_die(
     environment: Mapping[str, str], step: str, run: UUID, *, bite_rows: int | None = None, table: str = __name__
 ) -> None:
     """Let a worker process work on the run until it is killed at the step, which is one of a module's STEPS."""
+    rows = {} if bite_rows is None else {"PAPERCLIP_WORKER_BITE_ROWS": str(bite_rows)}
+    _die_doing(table, step, run, {**environment, **rows})
+
+
+def command_and_die(environment: Mapping[str, str], step: str, *words: str, table: str) -> None:
+    """Let a process run a command until it is killed at the step, which is one of a module's STEPS."""
+    _die_doing(table, step, words, environment)
+
+
+def _die_doing(table: str, step: str, what: UUID | tuple[str, ...], environment: Mapping[str, str]) -> None:
     # A fork of a process that has done nothing but import: as good as a new one, and there at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([table])
-    rows = {} if bite_rows is None else {"PAPERCLIP_WORKER_BITE_ROWS": str(bite_rows)}
-    process = context.Process(target=_work, args=(table, step, run, {**environment, **rows}))
+    process = context.Process(target=_do, args=(table, step, what, dict(environment)))
     process.start()
     process.join(60)
     code = process.exitcode

@@ -63,7 +63,7 @@ def _celery(deployment: Deployment, **settings: str) -> Iterator[Any]:
         celery.close()
 
 
-def _make_due(deployment: Deployment, entry: str) -> None:
+def make_due(deployment: Deployment, entry: str) -> None:
     """As if the newest due time of an entry had passed without a beat."""
     with _celery(deployment) as celery:
         found = RedBeatSchedulerEntry.from_key(PREFIX + entry, app=celery)
@@ -78,12 +78,12 @@ def test_when_the_beat_that_holds_the_lock_is_killed_the_other_takes_over(
         held = broker.get(LOCK)
         with released.worker("beat", **BEAT) as other:
             # Both are up, and one of them alone fires.
-            _make_due(released, ACTIVITY)
+            make_due(released, ACTIVITY)
             wait(lambda: _launched(broker)[ACTIVITY] == 1)
             holder.send_signal(signal.SIGKILL)
             holder.wait(10)
-            _make_due(released, ACTIVITY)
-            _make_due(released, EVENTS)
+            make_due(released, ACTIVITY)
+            make_due(released, EVENTS)
             wait(lambda: len(_launched(broker)) == 2)
             assert broker.get(LOCK) not in {None, held}
             # Some rounds more of the survivor: what has fired does not fire again.
@@ -100,7 +100,7 @@ def test_a_due_time_that_passed_without_a_beat_is_caught_up_once(released: Deplo
     # It was told to end: the lock is free at once.
     assert broker.get(LOCK) is None
     assert not _launched(broker)
-    _make_due(released, ACTIVITY)
+    make_due(released, ACTIVITY)
     with released.worker("beat", **BEAT):
         wait(lambda: _launched(broker)[ACTIVITY] == 1)
         time.sleep(3)
