@@ -95,7 +95,9 @@ class Ciphertext:
         state = sa.func.hashtextextended(sa.cast(carrier.key, sa.Text) + sa.cast(VERSION, sa.Text), 0)
         size = sa.func.pg_column_size(carrier.column)
         each = sa.select(carrier.owner.label("owner"), size.label("size"), state.label("state"))
-        held = each.where(self._holding(sa.true())).subquery("held")
+        # Where a value of another scheme may be instead, it is the whole value.
+        ours = carrier.column["scheme"].astext == self._scheme if carrier.fresh else sa.true()
+        held = each.where(self._holding(sa.true()), ours).subquery("held")
         source, company = carrier.whose(held, held.c.owner)
         sums = (sa.func.count(), sa.func.sum(held.c.size), sa.func.bit_xor(held.c.state))
         rows = self.connection.execute(sa.select(company, *sums).select_from(source).group_by(company))

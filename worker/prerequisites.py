@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from worker.census import Counted
     from worker.masterkeys import Keys, Rotation
+    from worker.reseal import Census
 
 # Measured: what a row costs under the lock, with its indexes, in a small and in a large table.
 _ROW_SECONDS = 35e-6
@@ -55,9 +56,9 @@ def require_in_use(connection: sa.Connection, keys: Keys, journal: Rotation | No
         raise Refused(f"the key file holds {found}, not {' or '.join(sorted(expected))} of run {journal.run_id}")
 
 
-def require_counted(keys: Keys, counted: Counted) -> None:
+def require_opened(keys: Keys, total: Census) -> None:
     """Refused when there is no ciphertext at all, or the key in use opens none."""
-    total, old = counted.total, keys.old.fingerprint
+    old = keys.old.fingerprint
     if not (total.old or total.new or total.lost):
         raise Refused("there is no ciphertext of a master key in the database: is DATABASE_URL the right one?")
     if not (total.old or total.new):

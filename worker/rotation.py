@@ -114,11 +114,11 @@ class Rotating:
         seen = census.sampled(self._connection, self._layout, self._resealer)
         if not (seen.old or seen.new):
             # The first rows may be the ones that a lost key sealed.
-            prerequisites.require_counted(self.keys, self._counted)
+            prerequisites.require_opened(self.keys, self._counted.total)
 
     def counted_before(self) -> Counted:
         """Every ciphertext by its key. Refused when there is none, or the key in use opens none."""
-        prerequisites.require_counted(self.keys, self._counted)
+        prerequisites.require_opened(self.keys, self._counted.total)
         return self._counted
 
     @cached_property
@@ -135,11 +135,9 @@ class Rotating:
             )
 
     def held(self) -> tuple[Target, ...]:
-        """The rows that hold ciphertext, whatever opens it. Refused when there is none."""
-        found = tuple(one for _, ciphertext in carried(self._connection, self._layout) for one in ciphertext.held())
-        if not found:
-            raise Refused("there is no ciphertext of a master key in the database: is DATABASE_URL the right one?")
-        return found
+        """The rows that hold ciphertext, whatever opens it. Refused when the key in use opens none."""
+        self.require_proven()
+        return tuple(one for _, ciphertext in carried(self._connection, self._layout) for one in ciphertext.held())
 
     # -- laying out ---------------------------------------------------------------------------------
 
@@ -245,9 +243,12 @@ class Rotating:
         """Say in the journal which key opened what when it was made ready."""
         found, total = dict[str, Census](), Census()
         for name, counted in self._connection.execute(_READY_CURSORS, {"run": self._run}):
+            if counted is None:
+                raise Refused("the run was begun by an earlier release, which did not count; start a new run")
             one = found.setdefault(name, Census())
             one += Census(**counted)
             total += Census(**counted)
+        prerequisites.require_opened(self.keys, total)
         self.require_allowed(total.lost, allowed)
         masterkeys.seen(self._connection, self.keys.old.fingerprint, found=total.old, current=True)
         before = {name: one.to_json() for name, one in found.items()}

@@ -149,3 +149,31 @@ def test_a_key_file_that_we_may_only_read(released_vault: Vault, open_folder: Pa
     finally:
         os.seteuid(0)
     assert steps.everything(vault) == before
+
+
+def test_a_key_file_that_changes_before_the_run_begins_is_found_out(vault: Vault) -> None:
+    """What was counted when the run was entered was counted with another key."""
+    run = steps.start(vault, generate=True, allow_undecryptable=10_000)
+    other = keyring.generate()
+    vault.file.write_text(other.text)
+    before = vault.deployment.digest()
+    with pytest.raises(Refused, match=f"the key {other.fingerprint} opens none"):
+        steps.work(vault, run)
+    assert vault.deployment.digest() == before
+    assert vault.now == other
+    assert [one.name for one in vault.file.parent.iterdir()] == ["master.key"]
+    assert vault.opened(vault.key) == vault.held
+
+
+def test_a_run_that_an_earlier_release_made_ready_does_not_go_on(released_vault: Vault) -> None:
+    vault = released_vault
+    run = steps.start(vault, generate=True)
+    steps.work_until(vault, run, steps.CUT_OVER)
+    vault.deployment.query(
+        "UPDATE paperclip_worker.shards SET cursor = '{\"done\": true}' WHERE run_id = %s AND key ~ '^make-ready'",
+        run,
+    )
+    with pytest.raises(Refused, match="begun by an earlier release"):
+        steps.work(vault, run)
+    assert vault.now == vault.key
+    assert vault.opened(vault.key) == vault.held
