@@ -134,6 +134,9 @@ class ArchiveTasks(Job):
         return {"retention": self._cutoffs(means).to_json()}
 
     def _rows(self, means: Means) -> RowSet:
+        return means.once(self, self._make_rows)
+
+    def _make_rows(self, means: Means) -> RowSet:
         tasks = means.layout.tasks
         if self.undo is not None:
             return means.tasks.archived_by(self.undo, self.company)

@@ -167,6 +167,9 @@ class PruneLogs(Job):
         return cls(table=table) if table in layout.logs else None
 
     def _expired(self, means: Means) -> RowSet:
+        return means.once(self, self._make_expired)
+
+    def _make_expired(self, means: Means) -> RowSet:
         log = means.layout.log(self.table)
         return means.rows(log, cutoffs=self._cutoffs(means), companies=self.company, keeps=self._keeps(log))
 

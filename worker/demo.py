@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from tasks.prune_logs import PruneLogs
-from worker import app, archive, audit, config, ledger
+from worker import app, archive, audit, config, ledger, ledger_shards
 from worker.errors import WorkerError
 from worker.layouts import demo_schema
 from worker.operations import Operations
@@ -85,7 +85,7 @@ class Demo:
         if store is None:
             raise WorkerError("the demo has no bucket")
         with self.operations.transaction(read_only=True) as connection:
-            objects = ledger.objects(connection, found.id)
+            objects = ledger_shards.objects(connection, found.id)
         archive.require_intact(store, objects)
         return [
             {"key": one.key, "company": one.company, "rows": one.rows, "bytes": one.bytes, "sha256": one.sha256}

@@ -1,4 +1,4 @@
-"""Our own schema in the deployment's database: runs, shards, bites, archive objects.
+"""Our own schema in the deployment's database: runs; their shards, bites and archive objects in ledger_shards.
 
 It lives beside the data so that an effect and the cursor that says so commit together. The functions take a
 connection inside a transaction and never commit.
@@ -6,7 +6,7 @@ connection inside a transaction and never commit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,8 @@ from uuid import UUID, uuid4
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from worker.archive import ArchivedObject
 from worker.errors import Refused, UnderWay
-from worker.job import Shard, Tally
-from worker.ledger_schema import BITES, OBJECTS, RUNS, SCHEMA, SHARDS, VERSION, init, require
+from worker.ledger_schema import OBJECTS, RUNS, SCHEMA, SHARDS, VERSION, init, require
 from worker.states import ACTIVE, STEPS, State
 
 if TYPE_CHECKING:
@@ -55,19 +53,6 @@ class Run:
     created_at: datetime
     touched_at: datetime
     settled_at: datetime | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldShard:
-    """A shard whose row this transaction has locked."""
-
-    run: UUID
-    sweep: int
-    number: int
-    bites: int
-    cursor: Mapping[str, Any] | None
-    tally: Tally
-    shard: Shard
 
 
 def create(
@@ -175,143 +160,6 @@ def note_wait(connection: sa.Connection, run: UUID, reason: str | None, *, kind:
     waits = sa.func.jsonb_set(RUNS.c.waits, path, sa.func.to_jsonb(so_far + seconds))
     values = {"waiting": reason, "waits": waits, "touched_at": sa.func.clock_timestamp()}
     connection.execute(sa.update(RUNS).where(RUNS.c.id == run).values(values))
-
-
-def add_shards(connection: sa.Connection, run: UUID, sweep: int, shards: Iterable[Shard]) -> int:
-    """Lay out a sweep's shards; how many there are."""
-    rows = [
-        {
-            "run_id": run,
-            "sweep": sweep,
-            "stage": shard.stage,
-            "number": number,
-            "key": shard.key,
-            "planned_rows": shard.rows,
-            "spec": dict(shard.spec),
-        }
-        for number, shard in enumerate(shards)
-    ]
-    if rows:
-        connection.execute(sa.insert(SHARDS), rows)
-    return len(rows)
-
-
-def take_shard(connection: sa.Connection, run: UUID) -> HeldShard | None:
-    """Lock an unfinished shard nobody else holds, while the run is running; None when there is none."""
-    other = SHARDS.alias()
-    of_run = sa.and_(other.c.run_id == RUNS.c.id, other.c.sweep == RUNS.c.sweep, ~other.c.done)
-    earliest = sa.select(sa.func.min(other.c.stage)).where(of_run).correlate(RUNS).scalar_subquery()
-    query = (
-        sa.select(SHARDS)
-        .join(RUNS, RUNS.c.id == SHARDS.c.run_id)
-        .where(RUNS.c.id == run, RUNS.c.state == State.RUNNING, SHARDS.c.sweep == RUNS.c.sweep, ~SHARDS.c.done)
-        .where(SHARDS.c.stage == earliest)
-        .order_by(SHARDS.c.number)
-        .limit(1)
-        .with_for_update(of=SHARDS, skip_locked=True)
-    )
-    row = connection.execute(query).one_or_none()
-    if row is None:
-        return None
-    return HeldShard(
-        run=run,
-        sweep=row.sweep,
-        number=row.number,
-        bites=row.bites,
-        cursor=row.cursor,
-        tally=Tally.from_json(row.tally),
-        shard=Shard(key=row.key, rows=row.planned_rows, spec=row.spec, stage=row.stage),
-    )
-
-
-def record_bite(
-    connection: sa.Connection,
-    held: HeldShard,
-    *,
-    cursor: Mapping[str, Any] | None,
-    tally: Tally,
-    done: bool,
-    objects: Sequence[ArchivedObject],
-    seconds: float,
-) -> None:
-    """Cursor, tally and archive objects of a bite, in the very transaction of its effect."""
-    amount, total = tally.total, held.tally + tally
-    bite = (
-        sa.insert(BITES)
-        .values(
-            run_id=held.run,
-            sweep=held.sweep,
-            shard=held.number,
-            number=held.bites + 1,
-            rows=amount.rows,
-            bytes=amount.bytes,
-            microseconds=round(seconds * 1e6),
-            cursor=dict(cursor) if cursor is not None else None,
-        )
-        .cte("bite")
-    )
-    connection.execute(
-        sa.update(SHARDS)
-        .where(SHARDS.c.run_id == held.run, SHARDS.c.sweep == held.sweep, SHARDS.c.number == held.number)
-        .values(
-            cursor=dict(cursor) if cursor is not None else None,
-            done=done,
-            bites=held.bites + 1,
-            rows=total.total.rows,
-            bytes=total.total.bytes,
-            microseconds=SHARDS.c.microseconds + round(seconds * 1e6),
-            tally=total.to_json(),
-            touched_at=sa.func.clock_timestamp(),
-        )
-        .add_cte(bite)
-    )
-    if objects:
-        connection.execute(sa.insert(OBJECTS), [{"run_id": held.run, **vars(one)} for one in objects])
-
-
-def unfinished(connection: sa.Connection, run: Run, *, stage: int | None = None) -> int:
-    """Shards of the current sweep, of a stage or of all, that are not done, held by somebody or not."""
-    query = sa.select(sa.func.count()).where(SHARDS.c.run_id == run.id, SHARDS.c.sweep == run.sweep, ~SHARDS.c.done)
-    query = query.where(SHARDS.c.stage == stage) if stage is not None else query
-    return connection.execute(query).scalar_one()
-
-
-def no_bite_in_flight(connection: sa.Connection, run: UUID) -> bool:
-    """Whether this transaction now holds every shard of the run, so that its tally is final."""
-    rows = sa.select(SHARDS.c.number).where(SHARDS.c.run_id == run)
-    held = connection.execute(rows.with_for_update(skip_locked=True)).all()
-    return len(held) == len(connection.execute(rows).all())
-
-
-def tally(connection: sa.Connection, run: UUID) -> Tally:
-    """What the run has done so far."""
-    parts = connection.scalars(sa.select(SHARDS.c.tally).where(SHARDS.c.run_id == run))
-    return sum((Tally.from_json(part) for part in parts), Tally())
-
-
-def stage(connection: sa.Connection, run: UUID) -> str | None:
-    """The stage a run is in, where it has more than one; None when all of them are done."""
-    shards = sa.select(SHARDS.c.key, SHARDS.c.done, SHARDS.c.stage).where(SHARDS.c.run_id == run)
-    rows = connection.execute(shards.order_by(SHARDS.c.sweep.desc(), SHARDS.c.stage, SHARDS.c.number)).all()
-    if not any(row.stage for row in rows):
-        return None
-    return next((row.key.partition(":")[0] for row in rows if not row.done), None)
-
-
-def progress(connection: sa.Connection, run: UUID) -> tuple[int, int]:
-    """Rows and bites done so far."""
-    query = sa.select(
-        sa.func.coalesce(sa.func.sum(SHARDS.c.rows), 0), sa.func.coalesce(sa.func.sum(SHARDS.c.bites), 0)
-    ).where(SHARDS.c.run_id == run)
-    rows, bites = connection.execute(query).one()
-    return int(rows), int(bites)
-
-
-def objects(connection: sa.Connection, run: UUID) -> list[ArchivedObject]:
-    """The archive objects whose rows the run has deleted."""
-    columns = [column for column in OBJECTS.c if column.name != "run_id"]
-    rows = connection.execute(sa.select(*columns).where(OBJECTS.c.run_id == run).order_by(OBJECTS.c.key))
-    return [ArchivedObject(**row._asdict()) for row in rows]
 
 
 def stalled(connection: sa.Connection, *, after: timedelta) -> list[Run]:

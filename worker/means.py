@@ -11,7 +11,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import archive, holds, ledger, retention, slices
+from worker import archive, holds, ledger_shards, retention, slices
 from worker.errors import Refused
 from worker.restore import Restore
 from worker.retirement import Retiring
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from worker.archive import ArchivedObject
     from worker.config import Settings
     from worker.holds import Holds
-    from worker.job import Batch, Plan, Shard
+    from worker.job import Batch, Job, Plan, Shard
     from worker.layouts.model import Keep, Layout, Records
     from worker.retention import Cutoffs, Policy
     from worker.storage import Store
@@ -83,6 +83,17 @@ class Means:
         """The old rows of a table as a set, those left out that a legal hold or another keep holds back."""
         return RowSet(what=what, cutoffs=cutoffs, companies=companies, keeps=(*self.holds.keep(what), *keeps))
 
+    def once(self, job: Job, make: Callable[[Means], RowSet]) -> RowSet:
+        """The rows of a job, made once a step: it asks for them several times, and each takes a millisecond."""
+        found = self._made.get(job)
+        if found is None:
+            found = self._made[job] = make(self)
+        return found
+
+    @cached_property
+    def _made(self) -> dict[Job, RowSet]:
+        return {}
+
     @cached_property
     def tasks(self) -> TaskSets:
         """What can be done with the tasks' table."""
@@ -120,7 +131,7 @@ class Means:
 
     def archived(self) -> list[ArchivedObject]:
         """The objects of this run whose rows are gone from the database."""
-        return ledger.objects(self.connection, self._archive()[1])
+        return ledger_shards.objects(self.connection, self._archive()[1])
 
     def damaged(self) -> list[str]:
         """Keys of this run's archive objects that are missing or changed in the store."""

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import anchors, archive, audit, db, layouts, ledger, params, registry
+from worker import anchors, archive, audit, db, layouts, ledger, ledger_shards, params, registry
 from worker.errors import Refused
 from worker.job import REHEARSAL, Job, Overdue, Plan, Tally, horizon_of
 from worker.means import IN_FORCE, Means, Rules
@@ -182,7 +182,7 @@ class Operations:
             raise Refused(f"run {run.id} is {run.state}; only a stopped or failed run can be resumed")
         job = params.from_json(registry.job(run.job), run.params)
         with self._checked(job, run.now, run=run.id) as means:
-            objects = ledger.objects(means.connection, run.id)
+            objects = ledger_shards.objects(means.connection, run.id)
         if objects and self.store is None:
             raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set, and the run has an archive there")
         if objects and self.store is not None:
@@ -198,10 +198,10 @@ class Operations:
         """What `run --json` prints: the run, its tally, what is left, findings and the newest receipt."""
         with self.transaction(read_only=True) as connection:
             found = ledger.find(connection, str(run))
-            tally = ledger.tally(connection, run)
+            tally = ledger_shards.tally(connection, run)
             receipts = audit.recent(connection, limit=1, run=run)
-            _, bites = ledger.progress(connection, run)
-            stage = ledger.stage(connection, run)
+            _, bites = ledger_shards.progress(connection, run)
+            stage = ledger_shards.stage(connection, run)
             anchored = anchors.of(connection, [one.seq for one in receipts])
         return {
             "run": str(found.id),

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from worker import ledger
+from worker import ledger, ledger_shards
 from worker.errors import DatabaseGone
 from worker.states import SETTLED, State
 
@@ -60,8 +60,8 @@ def _await_anchor(deployment: Operations, run: UUID) -> None:
 def _look(deployment: Operations, run: UUID) -> tuple[State, int, int | None, str]:
     with deployment.transaction(read_only=True) as connection:
         found = ledger.find(connection, str(run))
-        rows, _ = ledger.progress(connection, run)
-        stage = ledger.stage(connection, run)
+        rows, _ = ledger_shards.progress(connection, run)
+        stage = ledger_shards.stage(connection, run)
     note = f"rests: {found.waiting}" if found.waiting else ("second sweep" if found.sweep > 1 else stage or "")
     return found.state, rows, found.planned_rows, note
 

@@ -16,7 +16,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from psycopg import sql
 
-from worker import archive, audit, layouts, ledger, lines, parents
+from worker import archive, audit, layouts, ledger, ledger_shards, lines, parents
 from worker.errors import ArchiveTampered, Refused, UnderWay
 from worker.job import Amount, Shard, Tally, Target
 from worker.lines import Reader
@@ -51,7 +51,7 @@ class Restore:
     @property
     def objects(self) -> list[ArchivedObject]:
         """The archive objects of the companies asked for. Refused when there are none."""
-        found = ledger.objects(self._connection, self._run.id)
+        found = ledger_shards.objects(self._connection, self._run.id)
         found = [one for one in found if not self._companies or one.company in self._companies]
         if not found:
             raise Refused(f"--run: run {self._run.id} archived no row" + (" of --company" if self._companies else ""))

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from worker import anchors, audit, db, holds, layouts, ledger, params, registry, settle
+from worker import anchors, audit, db, holds, layouts, ledger, ledger_shards, params, registry, settle
 from worker.errors import Contended, DatabaseGone, Refused, Transient, Waits, WorkerError
 from worker.job import Tally
 from worker.logs import log
@@ -162,12 +162,12 @@ class Runner:
         began = time.monotonic()
         first = f"{_SEES_COMMITS}; {holds.SHARED}" if job.read_committed else holds.SHARED
         with self._transaction(first=first) as connection:
-            held = ledger.take_shard(connection, run.id)
+            held = ledger_shards.take_shard(connection, run.id)
             if held is None:
                 return False
             if self._stage not in (None, held.shard.stage):
                 # Who found nothing to do in the stage before has gone.
-                self._call_help(ledger.unfinished(connection, run, stage=held.shard.stage), call_help)
+                self._call_help(ledger_shards.unfinished(connection, run, stage=held.shard.stage), call_help)
             self._stage = held.shard.stage
             means = self._means(connection, run, contended=self._contended)
             batch = job.claim(means, held.shard, held.cursor, asked)
@@ -179,7 +179,7 @@ class Runner:
                 locked = time.monotonic() if not self._contended else locked
                 tally, cursor = job.apply(means, batch), batch.after
                 _require_preserved(objects, tally)
-            ledger.record_bite(
+            ledger_shards.record_bite(
                 connection,
                 held,
                 cursor=cursor,
@@ -210,7 +210,7 @@ class Runner:
             if run.plan_hash and run.plan_hash != plan.hash:
                 raise Refused("the world has drifted from the plan that was approved; make the plan again")
             ledger.record_plan(connection, run.id, plan)
-            number = ledger.add_shards(connection, run.id, run.sweep, job.shards(means, plan))
+            number = ledger_shards.add_shards(connection, run.id, run.sweep, job.shards(means, plan))
             ledger.step(connection, run, State.RUNNING)
         log.info("run laid out", run=str(run_id), job=run.job, shards=number, rows=plan.tally.total.rows)
         self._call_help(number, call_help)
@@ -223,7 +223,7 @@ class Runner:
     def _close_sweep(self, run: Run) -> Outcome | None:
         with self._transaction() as connection:
             held = ledger.get(connection, run.id, hold=True)
-            if held is None or (held.state is State.RUNNING and ledger.unfinished(connection, held)):
+            if held is None or (held.state is State.RUNNING and ledger_shards.unfinished(connection, held)):
                 return Outcome.IDLE
             if held.state is State.RUNNING:
                 ledger.step(connection, held, State.VERIFYING)
@@ -256,7 +256,7 @@ class Runner:
     def _end(self, run_id: UUID, expected: State | None, to: State, *, error: str | None) -> Outcome | None:
         with self._transaction() as connection:
             run = ledger.get(connection, run_id, hold=True)
-            if run is None or not ledger.no_bite_in_flight(connection, run_id):
+            if run is None or not ledger_shards.no_bite_in_flight(connection, run_id):
                 return Outcome.IDLE
             if run.state is expected or (expected is None and run.state in ACTIVE):
                 job = params.from_json(registry.job(run.job), run.params)

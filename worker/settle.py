@@ -8,7 +8,7 @@ from uuid import uuid5
 
 import sqlalchemy as sa
 
-from worker import audit, ledger
+from worker import audit, ledger, ledger_shards
 from worker.errors import Refused, Transient
 from worker.layouts.model import Activity
 from worker.states import State
@@ -31,7 +31,7 @@ def verify(means: Means, job: Job, run: Run) -> State:
     findings = [one.to_json() for one in verdict.findings]
     values = {"findings": findings, "left_rows": [one.to_json() for one in verdict.left]}
     if findings and run.sweep < SWEEPS:
-        ledger.add_shards(means.connection, run.id, run.sweep + 1, job.shards(means, job.outline(means)))
+        ledger_shards.add_shards(means.connection, run.id, run.sweep + 1, job.shards(means, job.outline(means)))
         ledger.step(means.connection, run, State.RUNNING, sweep=run.sweep + 1, **values)
         return State.RUNNING
     ledger.step(means.connection, run, State.FINISHING, **values)
@@ -71,7 +71,7 @@ def settle(
     """Activity rows, receipt and state in the one transaction of `means`. No bite may be in flight."""
     connection = means.connection
     now = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
-    tally = ledger.tally(connection, run.id)
+    tally = ledger_shards.tally(connection, run.id)
     facts = {
         "job": run.job,
         "params": dict(run.params),

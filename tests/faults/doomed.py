@@ -19,7 +19,7 @@ import psycopg
 from cli import cli
 from tasks.prune_logs import PruneLogs
 from tasks.restore_logs import RestoreLogs
-from worker import anchors, archive, audit, config, ledger, logs
+from worker import anchors, archive, audit, config, ledger, ledger_shards, logs
 from worker.operations import Operations
 from worker.storage import S3Store
 
@@ -33,7 +33,7 @@ BITE: dict[str, Step] = {
     "object written, not read back": (S3Store, "put", 3, AFTER),
     "after preserve": (PruneLogs, "preserve", 3, AFTER),
     "after apply": (PruneLogs, "apply", 3, AFTER),
-    "bite recorded": (ledger, "record_bite", 3, AFTER),
+    "bite recorded": (ledger_shards, "record_bite", 3, AFTER),
 }
 FIRST = "first object written"
 AROUND: dict[str, Step] = {

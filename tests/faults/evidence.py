@@ -15,7 +15,7 @@ import zstandard
 
 from tasks.prune_logs import PruneLogs
 from tests.conftest import Deployment
-from worker import anchors, audit, ledger, witness
+from worker import anchors, audit, ledger_shards, witness
 from worker.errors import Transient
 from worker.operations import Operations
 from worker.runner import Outcome
@@ -68,7 +68,7 @@ def check_exact(deployment: Deployment, run: UUID, before: Rows) -> None:
     tally = {one["company"]: one["rows"] for one in deployment.operations.result(run)["tally"]}
     assert tally == Counter(company for _, company in gone)
     with deployment.operations.transaction(read_only=True) as connection:
-        objects = ledger.objects(connection, run)
+        objects = ledger_shards.objects(connection, run)
     assert sum(one.rows for one in objects) == len(gone)
     assert sorted(archived(_store(deployment), [one.key for one in objects])) == sorted(gone)
 
