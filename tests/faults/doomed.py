@@ -19,7 +19,7 @@ import psycopg
 from cli import cli
 from tasks.prune_logs import PruneLogs
 from tasks.restore_logs import RestoreLogs
-from worker import anchors, archive, audit, config, ledger, ledger_shards, logs
+from worker import anchors, archive, audit, config, ledger_shards, logs
 from worker.operations import Operations
 from worker.storage import S3Store
 
@@ -39,7 +39,7 @@ FIRST = "first object written"
 AROUND: dict[str, Step] = {
     FIRST: (S3Store, "put", 1, AFTER),
     "after plan": (PruneLogs, "plan", 1, AFTER),
-    "shards laid out": (ledger, "add_shards", 1, AFTER),
+    "shards laid out": (ledger_shards, "add_shards", 1, AFTER),
     "before verify": (PruneLogs, "verify", 1, BEFORE),
     "after verify": (PruneLogs, "verify", 1, AFTER),
     "manifest written": (archive, "write_manifest", 1, AFTER),
@@ -57,8 +57,8 @@ COMMITS: dict[str, Step] = {
     f"{when} commit of {what}": (owner, name, number, moment)
     for when, moment in (("before", UNCOMMITTED), ("after", COMMITTED))
     for what, owner, name, number in (
-        ("the layout", ledger, "add_shards", 1),
-        ("a bite", ledger, "record_bite", 3),
+        ("the layout", ledger_shards, "add_shards", 1),
+        ("a bite", ledger_shards, "record_bite", 3),
         ("the last bite", PruneLogs, "apply", 9),
         ("verify", PruneLogs, "verify", 1),
         ("the settlement", audit, "append", 1),

@@ -12,7 +12,7 @@ from tests.faults import doomed
 from tests.faults.doomed import AFTER, BEFORE, COMMITTED, UNCOMMITTED, Step
 from tests.faults.evidence import check_anchored, complete
 from tests.rotation.vault import Vault
-from worker import audit, cutover, discovery, keyfile, keyring, ledger, masterkeys
+from worker import audit, cutover, discovery, keyfile, keyring, ledger_shards, masterkeys
 from worker.aside import Aside
 from worker.keyring import MasterKey
 from worker.rotation import Rotating
@@ -23,7 +23,7 @@ BEGIN: dict[str, Step] = {
     "new key being staged": (keyfile, "_write_new", 1, AFTER),
     "new key staged, no journal": (masterkeys, "begin", 1, BEFORE),
     "journal written": (masterkeys, "begin", 1, UNCOMMITTED),
-    "laid out": (ledger, "add_shards", 1, COMMITTED),
+    "laid out": (ledger_shards, "add_shards", 1, COMMITTED),
 }
 READY: dict[str, Step] = {
     "read, nothing made ready": (Aside, "_put", 1, BEFORE),
