@@ -56,7 +56,7 @@ class RestoreLogs(Job):
         means.require_companies(self.company)
         self._restore(means).check()
 
-    def foresee(self, means: Means, *, entering: bool) -> None:  # noqa: ARG002
+    def foresee(self, means: Means) -> None:
         self._restore(means).foresee()
 
     def plan(self, means: Means) -> Plan:

@@ -110,12 +110,12 @@ class RotateMasterKey(Job):
     def check(self, means: Means) -> None:
         means.rotating(self).require_possible(self)
 
-    def foresee(self, means: Means, *, entering: bool) -> None:
+    def foresee(self, means: Means) -> None:
+        means.rotating(self).require_proven()
+
+    def admit(self, means: Means) -> None:
         rotating = means.rotating(self)
-        if entering:
-            rotating.require_allowed(rotating.counted_before().total.lost, self.allow_undecryptable)
-        else:
-            rotating.require_proven()
+        rotating.require_allowed(rotating.counted_before().total.lost, self.allow_undecryptable)
 
     def plan(self, means: Means) -> Plan:
         from worker import prerequisites  # noqa: PLC0415 - reads the database, which `--help` must not pay for

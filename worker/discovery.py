@@ -11,9 +11,9 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
+from worker import ledger_shards
 from worker.errors import Refused
 from worker.job import Batch, Shard
-from worker.ledger import SHARDS
 
 if TYPE_CHECKING:
     from worker.layouts.model import Layout
@@ -146,8 +146,7 @@ def _query(
 
 def found(connection: sa.Connection, run: UUID) -> dict[str, int]:
     """What a run's shards found so far: rows by `schema.table.column`."""
-    query = sa.select(SHARDS.c.cursor).where(SHARDS.c.run_id == run, SHARDS.c.key.startswith(f"{KEY}:"))
     named: dict[str, int] = {}
-    for cursor in connection.scalars(query):
-        named |= (cursor or {}).get("found", {})
+    for _, cursor in ledger_shards.cursors(connection, run, f"{KEY}:"):
+        named |= cursor.get("found", {})
     return named

@@ -151,7 +151,7 @@ class LocalEncrypted(Codec):
                 iv = decode(text[_IV:_IV_END], strict_mode=True)
                 sealed = decode(text[_CIPHERTEXT:-2], strict_mode=True)
                 yield decrypt(iv, sealed + decode(text[_TAG:_TAG_END], strict_mode=True), None)
-            except (binascii.Error, InvalidTag, ValueError):
+            except (InvalidTag, ValueError):
                 yield None
 
     def seal_text(self, plaintext: bytes) -> bytes:

@@ -279,11 +279,12 @@ class Job(abc.ABC):
     def needs(self, layout: Layout) -> Iterable[sa.Table]:
         """The host's tables, with just the columns, that this job cannot do without."""
 
-    def foresee(self, means: Means, *, entering: bool) -> None:  # noqa: B027 - most jobs have nothing to look for
-        """Raise Refused for what only a long look at the data can tell. Asked once, before a run is entered.
+    def foresee(self, means: Means) -> None:  # noqa: B027 - most jobs have nothing to look for
+        """Raise Refused for what only a long look at the data can tell. Asked before a plan, and before a run."""
 
-        Not `entering`: before a plan is made, which may well show what a run would be refused for.
-        """
+    def admit(self, means: Means) -> None:
+        """Raise Refused for what forbids a run but not the plan that shows it. Asked before a run is entered."""
+        self.foresee(means)
 
     @classmethod
     @abc.abstractmethod

@@ -196,3 +196,12 @@ def objects(connection: sa.Connection, run: UUID) -> list[ArchivedObject]:
     columns = [column for column in OBJECTS.c if column.name != "run_id"]
     rows = connection.execute(sa.select(*columns).where(OBJECTS.c.run_id == run).order_by(OBJECTS.c.key))
     return [ArchivedObject(**row._asdict()) for row in rows]
+
+
+def cursors(connection: sa.Connection, run: UUID, prefix: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Spec and cursor of a run's shards whose key begins so, those of its newest sweep that has any."""
+    query = sa.select(SHARDS.c.sweep, SHARDS.c.spec, SHARDS.c.cursor).where(
+        SHARDS.c.run_id == run, SHARDS.c.key.startswith(prefix)
+    )
+    rows = connection.execute(query.order_by(SHARDS.c.sweep, SHARDS.c.number)).all()
+    return [(row.spec, row.cursor or {}) for row in rows if row.sweep == rows[-1].sweep]

@@ -69,7 +69,7 @@ class Operations:
         """
         now = _now() if approved is None else horizon_of(approved, now=_now())
         with self._checked(job, now, rules) as means:
-            job.foresee(means, entering=False)
+            job.foresee(means)
             plan = job.plan(means)
         if approved is not None and plan.hash != approved:
             raise Refused("--plan: the world has drifted from that plan; make the plan again and approve it")
@@ -99,7 +99,7 @@ class Operations:
             self.store.check()
         now = now or _now()
         with self._checked(job, now) as means:
-            job.foresee(means, entering=True)
+            job.admit(means)
         with self.transaction() as connection:
             ledger.require(connection)
             return ledger.create(

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from worker import blocks, census, cutover, masterkeys, readiness
+from worker import blocks, census, cutover, ledger_shards, masterkeys, readiness
 from worker.aside import asides
 from worker.census import Counted
 from worker.ciphertext import Ciphertext, carried, since, windows
 from worker.job import Batch, Finding, Shard, Verdict
-from worker.ledger import RUNS, SHARDS
 
 if TYPE_CHECKING:
     from worker.layouts.model import Carrier
@@ -99,7 +98,7 @@ class Proving:
     def _found(self) -> tuple[Counted | None, dict[str, int]]:
         """What the bites found and what was written since, where they saw every row; and what was altered."""
         counted, altered, horizons = Counted(), dict[str, int](), list[int]()
-        for cursor in self._connection.scalars(_CURSORS, {"run": self._journal.run_id}):
+        for _, cursor in ledger_shards.cursors(self._connection, self._journal.run_id, f"{KEY}:"):
             altered |= cursor.get("altered", {})
             if "found" in cursor:
                 counted.add_json(cursor["found"])
@@ -133,10 +132,3 @@ def shards(parts: int, *, stage: int) -> Iterator[Shard]:
     yield Shard(key=f"{KEY}:altered", rows=0, spec={"altered": True}, stage=stage)
     for part in range(parts):
         yield Shard(key=f"{KEY}:{part}", rows=0, spec={"part": part, "parts": parts}, stage=stage)
-
-
-_CURSORS = (
-    sa.select(SHARDS.c.cursor)
-    .join(RUNS, sa.and_(RUNS.c.id == SHARDS.c.run_id, RUNS.c.sweep == SHARDS.c.sweep))
-    .where(SHARDS.c.run_id == sa.bindparam("run"), SHARDS.c.key.startswith(f"{KEY}:"))
-)

@@ -94,8 +94,9 @@ class Retiring:
         """Make ready, under the key in use, what is still under `run`'s old key; how many rows."""
         found = 0
         for one in (rotation for rotation in self.swept if rotation.run_id == run):
+            resealer = self._resealer(one)
             for _, aside in asides(self._connection, self._layout, self._means.entered):
-                found += aside.take(sa.true(), self._resealer(one)).ready
+                found += aside.take(sa.true(), resealer).ready
         return found
 
     def swap(self) -> Tally:

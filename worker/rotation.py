@@ -16,13 +16,23 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import census, cutover, discovery, keyfile, keyring, masterkeys, prerequisites, proof, readiness
+from worker import (
+    census,
+    cutover,
+    discovery,
+    keyfile,
+    keyring,
+    ledger_shards,
+    masterkeys,
+    prerequisites,
+    proof,
+    readiness,
+)
 from worker.aside import RESEALED, asides
 from worker.ciphertext import carried, since, windows
 from worker.envelopes import CODECS, ITERATIONS, Pbkdf2
 from worker.errors import Refused, Waits
 from worker.job import REHEARSAL, Batch, Shard, Tally, Target
-from worker.ledger import SHARDS
 from worker.reseal import Census, Resealer, resealer
 from worker.sweeping import Sweeping
 
@@ -44,11 +54,6 @@ _FEW = 2_000
 _MOST_ROUNDS = 20
 SWITCH = "paperclip-worker keys switch"
 _MAKE_READY = "make-ready"
-_READY_CURSORS = (
-    sa.select(SHARDS.c.spec["carrier"].astext, SHARDS.c.cursor["counted"])
-    .where(SHARDS.c.run_id == sa.bindparam("run"), SHARDS.c.key.startswith(f"{_MAKE_READY}:"))
-    .order_by(SHARDS.c.number)
-)
 
 
 class Rotating:
@@ -242,12 +247,12 @@ class Rotating:
     def _note_before(self, allowed: int) -> None:
         """Say in the journal which key opened what when it was made ready."""
         found, total = dict[str, Census](), Census()
-        for name, counted in self._connection.execute(_READY_CURSORS, {"run": self._run}):
-            if counted is None:
+        for spec, cursor in ledger_shards.cursors(self._connection, self._run, f"{_MAKE_READY}:"):
+            if "counted" not in cursor:
                 raise Refused("the run was begun by an earlier release, which did not count; start a new run")
-            one = found.setdefault(name, Census())
-            one += Census(**counted)
-            total += Census(**counted)
+            one = found.setdefault(spec["carrier"], Census())
+            one += Census(**cursor["counted"])
+            total += Census(**cursor["counted"])
         prerequisites.require_opened(self.keys, total)
         self.require_allowed(total.lost, allowed)
         masterkeys.seen(self._connection, self.keys.old.fingerprint, found=total.old, current=True)

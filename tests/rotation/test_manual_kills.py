@@ -91,6 +91,12 @@ class _Rotation:
         with self.vault.connect() as connection:
             self.vault.add_version(connection, "by a server", key=self.key)
 
+    def cut_over_and_end(self) -> None:
+        self.until(steps.SWEEP)
+        self.check_all_under(self.key)
+        self.start_the_servers()
+        self.end()
+
     def end(self) -> None:
         vault, rows = self.vault, len(self.vault.held)
         result = steps.work(vault, self.run)
@@ -108,10 +114,7 @@ def test_killed_while_it_waits_to_be_permitted(by_hand: Vault) -> None:
     rotation.die(ASKED)
     rotation.check_all_under(by_hand.key)
     rotation.permit()
-    rotation.until(steps.SWEEP)
-    rotation.check_all_under(rotation.key)
-    rotation.start_the_servers()
-    rotation.end()
+    rotation.cut_over_and_end()
 
 
 @pytest.mark.parametrize("step", SWITCH)
@@ -130,10 +133,7 @@ def test_the_permission_is_given_whole_or_not_at_all(by_hand: Vault, step: str) 
         assert by_hand.deployment.operations.runner().work(rotation.run, seconds=0) is Outcome.MORE
         rotation.check_all_under(by_hand.key)
         rotation.permit()
-    rotation.until(steps.SWEEP)
-    rotation.check_all_under(rotation.key)
-    rotation.start_the_servers()
-    rotation.end()
+    rotation.cut_over_and_end()
 
 
 @pytest.mark.parametrize("step", [*CUT_OVER, CUT])

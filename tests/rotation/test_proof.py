@@ -71,6 +71,14 @@ def test_rows_that_are_moved_between_two_bites_are_seen(vault: Vault, monkeypatc
     assert _envelopes(result, "new") == _held(vault)
 
 
+def test_progress_is_measured_against_what_is_ours(vault: Vault) -> None:
+    """The vault has values of other schemes as well, which nobody rotates."""
+    run = steps.start(vault, generate=True)
+    result = steps.work(vault, run)
+    found = vault.deployment.operations.find(str(run))
+    assert found.planned_rows == result["rows"] == len(vault.held)
+
+
 def test_help_is_called_for_again_when_there_is_work_for_more(vault: Vault) -> None:
     called: list[tuple[int, int]] = []
 
