@@ -85,8 +85,14 @@ class ArchiveTasks(Job):
             means.tasks.require_not_undone(means.run)
 
     def plan(self, means: Means) -> Plan:
+        return self._plan(means, measured=True)
+
+    def outline(self, means: Means) -> Plan:
+        return self._plan(means, measured=False)
+
+    def _plan(self, means: Means, *, measured: bool) -> Plan:
         rows = self._rows(means)
-        targets, left = rows.count(means.connection)
+        targets, left = rows.count(means.connection, measured=measured)
         if self.undo is not None:
             left += tuple(means.tasks.gone(self.undo, self.company))
         return Plan(
@@ -116,7 +122,7 @@ class ArchiveTasks(Job):
 
     def verify(self, means: Means) -> Verdict:
         rows = self._rows(means)
-        targets, left = rows.count(means.connection)
+        targets, left = rows.count(means.connection, measured=False)
         still = "ended tasks are still in sight" if self.undo is None else "archived tasks are not back"
         findings = [Finding(table=one.table, company=one.company, rows=one.rows, what=still) for one in targets]
         if self.undo is not None:

@@ -96,7 +96,13 @@ class PruneLogs(Job):
             raise Refused(f"--keep-security: {self.table} does not say which rows are security events")
 
     def plan(self, means: Means) -> Plan:
-        targets, left = self._expired(means).count(means.connection)
+        return self._plan(means, measured=True)
+
+    def outline(self, means: Means) -> Plan:
+        return self._plan(means, measured=False)
+
+    def _plan(self, means: Means, *, measured: bool) -> Plan:
+        targets, left = self._expired(means).count(means.connection, measured=measured)
         log = means.layout.log(self.table)
         notes = [f"{keep.reason}: {keep.why}" for keep in self._expired(means).keeps]
         if not log.record:
@@ -130,21 +136,16 @@ class PruneLogs(Job):
         return self._expired(means).delete(means.connection, batch)
 
     def verify(self, means: Means) -> Verdict:
-        targets, left = self._expired(means).count(means.connection)
+        damaged = means.checking() if self._archived(means.layout) else list
+        targets, left = self._expired(means).count(means.connection, measured=False)
         findings = [
             Finding(table=one.table, company=one.company, rows=one.rows, what="expired rows are still there")
             for one in targets
         ]
-        if self._archived(means.layout):
-            findings += [
-                Finding(
-                    table=self.table,
-                    company=None,
-                    rows=0,
-                    what=f"archive object {key} is not what was written",
-                )
-                for key in means.damaged()
-            ]
+        findings += [
+            Finding(table=self.table, company=None, rows=0, what=f"archive object {key} is not what was written")
+            for key in damaged()
+        ]
         return Verdict(findings=tuple(findings), left=left)
 
     def index(self, means: Means) -> Mapping[str, Any]:

@@ -18,7 +18,8 @@ from uuid import UUID
 
 import zstandard
 
-from worker import canonical, db, lines
+from worker import canonical, db
+from worker.db import Tids
 from worker.errors import ArchiveTampered, Refused, StorageFault
 from worker.storage import Missing, Store, read_digest
 
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
 # Levels 1 and 3 pack JSON lines to the same size, and 1 takes two thirds of the time (performance.md).
 _LEVEL = 1
 _SPOOL = 8 << 20
-# So many rows are compressed at a time.
-_PACK = 256
-# And a line of so many bytes at once, or those held would have no bound.
-_LARGE = 1 << 16
 # Objects are read at the same time: a request waits more than it works.
 _READERS = 4
 INSTANCE = "instance"
@@ -59,71 +56,60 @@ def root(table: str, run: UUID) -> str:
 
 def write(
     store: Store, connection: sa.Connection, query: sa.Select[Any], *, table: str, run: UUID
-) -> tuple[tuple[ArchivedObject, ...], str]:
+) -> tuple[tuple[ArchivedObject, ...], Tids, dict[str | None, int]]:
     """Stream `query` (of `RowSet.lines`) into one object per company, and read each back.
 
-    Returns the objects and the addresses of their rows (a tid[] in PostgreSQL's text). Raises StorageFault when the
-    store does not give back the very bytes; nothing may be deleted then.
+    Returns the objects, the addresses of their rows, and the bytes these take in the table per company. Raises
+    StorageFault when the store does not give back the very bytes; nothing may be deleted then.
     """
-    spools: dict[bytes, _Spool] = {}
+    spools: dict[str | None, _Spool] = {}
     try:
         addresses = _fill(spools, connection, query)
-        objects = tuple(_store(store, spool, company, table, run) for company, spool in sorted(spools.items()))
-        return objects, addresses
+        objects = tuple(_store(store, spool, table, run) for _, spool in sorted(spools.items(), key=_by_company))
+        return objects, addresses, {whose: spool.size for whose, spool in spools.items()}
     finally:
         for spool in spools.values():
             spool.close()
 
 
-def _fill(spools: dict[bytes, _Spool], connection: sa.Connection, query: sa.Select[Any]) -> str:
-    statement, parameters = db.copy_statement(connection, query)
-    addresses: list[bytes] = []
-    note = addresses.append
-    with db.driver(connection).cursor() as cursor, cursor.copy(statement, parameters) as copy:
-        # Once a row, millions of times: what can be done for many rows at once is done in _Spool.flush.
-        for data in copy:
-            company, age, address, nulls, line = bytes(data).split(b"\x02", 4)
-            note(address)
-            spool = spools.get(company)
-            if spool is None:
-                spool = spools[company] = _Spool()
-            spool.ages.append(age)
-            spool.lines.append(lines.mark(line, nulls) if nulls else line)
-            if len(spool.lines) >= _PACK or len(line) >= _LARGE:
-                spool.flush()
-    return "{" + ",".join(f'"{address.decode()}"' for address in addresses) + "}"
+def _by_company(item: tuple[str | None, _Spool]) -> str:
+    return item[0] or ""
+
+
+def _fill(spools: dict[str | None, _Spool], connection: sa.Connection, query: sa.Select[Any]) -> Tids:
+    addresses = Tids()
+    for company, rows, size, first, last, places, lines in db.copy_rows(connection, query):
+        whose = company.decode() if company is not None else None
+        number = int.from_bytes(rows)
+        addresses.add(places, number)
+        spool = spools.get(whose)
+        if spool is None:
+            spool = spools[whose] = _Spool(whose)
+        spool.add(lines, rows=number, size=int.from_bytes(size), first=first, last=last)
+    return addresses
 
 
 class _Spool:
     """One object in the making: compressed on the way in, on disk when it grows."""
 
-    def __init__(self) -> None:
+    def __init__(self, company: str | None) -> None:
+        self.company = company
         self.body: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=_SPOOL)  # noqa: SIM115 - closed by write()
         self._zstd = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
-        self.ages: list[bytes] = []
-        self.lines: list[bytes] = []
-        self.rows = 0
-        self.raw_bytes = 0
+        # Of the rows: how many, their bytes in the table, and as lines.
+        self.rows = self.size = self.raw_bytes = 0
         self.first = self.last = b""
 
-    def flush(self) -> None:
-        """Compress the lines that are held."""
-        if not self.lines:
-            return
-        chunk = b"".join(self.lines)
-        if b"\x01" in chunk:
-            chunk = b"".join(map(lines.flat, self.lines))
-        self.rows += len(self.lines)
-        self.raw_bytes += len(chunk)
-        self.body.write(self._zstd.compress(chunk))
-        first, self.last = min(self.ages), max(self.last, *self.ages)
-        self.first = min(self.first or first, first)
-        self.lines.clear()
-        self.ages.clear()
+    def add(self, lines: bytes, *, rows: int, size: int, first: bytes, last: bytes) -> None:
+        """Some rows more: their lines, without a line break behind the last, and their first and last age."""
+        self.body.write(self._zstd.compress(lines + b"\n"))
+        self.rows += rows
+        self.size += size
+        self.raw_bytes += len(lines) + 1
+        self.first, self.last = min(self.first or first, first), max(self.last, last)
 
     def seal(self) -> tuple[str, int]:
         """Complete the object; its SHA-256 (hex) and size in bytes."""
-        self.flush()
         self.body.write(self._zstd.flush())
         size = self.body.tell()
         self.body.seek(0)
@@ -133,16 +119,15 @@ class _Spool:
         self.body.close()
 
 
-def _store(store: Store, spool: _Spool, company: bytes, table: str, run: UUID) -> ArchivedObject:
+def _store(store: Store, spool: _Spool, table: str, run: UUID) -> ArchivedObject:
     sha256, size = spool.seal()
-    whose = company.decode() or None
     window = f"{_stamp(spool.first)}--{_stamp(spool.last)}--{sha256[:16]}"
-    key = f"{root(table, run)}company={whose or INSTANCE}/{window}.jsonl.zst"
+    key = f"{root(table, run)}company={spool.company or INSTANCE}/{window}.jsonl.zst"
     store.put(key, spool.body, sha256=sha256)
     _read_back(store, key, sha256=sha256, raw_bytes=spool.raw_bytes)
     return ArchivedObject(
         table=table,
-        company=whose,
+        company=spool.company,
         key=key,
         rows=spool.rows,
         bytes=size,

@@ -181,6 +181,8 @@ class Batch:
     exhausted: bool
     window: sa.ColumnElement[bool] | None = None
     exact: bool = False
+    # Of an exact batch the rows' bytes per company, where they are known.
+    sizes: Mapping[str | None, int] | None = None
     # What the job's own `apply` is to do; for jobs whose batches are not windows of rows.
     spec: Mapping[str, Any] = field(default_factory=dict)
 

@@ -32,7 +32,6 @@ MOST_BYTES = 8 << 20
 _SPOOL = 8 << 20
 # A jsonb beyond this size is not null, and need not be unpacked to tell.
 _NULL_BYTES = 16
-_FLAT = bytes.maketrans(b"\r\n", b"  ")
 
 
 # -- in SQL -------------------------------------------------------------------------------------------
@@ -70,29 +69,37 @@ def _of(table: str) -> sa.ColumnElement[bool]:
 
 def nulls(table: str, columns: Mapping[str, str]) -> sql.Composable:
     """The names of a row's columns that hold the JSON value null, as `,"a","b"`: NULL but for few rows."""
-    tests = {
-        "json": "CASE WHEN json_typeof({column}) = 'null' THEN {name} END",
-        "jsonb": f"CASE WHEN pg_column_size({{column}}) <= {_NULL_BYTES} "
-        "THEN CASE WHEN jsonb_typeof({column}) = 'null' THEN {name} END END",
-    }
     parts = [
-        sql.SQL(tests[kind]).format(column=sql.Identifier(table, name), name=sql.Literal("," + json.dumps(name)))
+        sql.SQL("CASE WHEN {} THEN {} END").format(_null(table, name, kind), sql.Literal("," + json.dumps(name)))
         for name, kind in columns.items()
     ]
     return sql.SQL("nullif(concat({}), '')").format(sql.SQL(", ").join([sql.Literal(""), *parts]))
 
 
-def mark(line: bytes, names: bytes) -> bytes:
-    """The line of a row that has JSON nulls: `names` as `nulls` gives them."""
-    return flat(line)[:-2] + f',"{JSON_NULLS}":['.encode() + names[1:] + b"]}\n"
+def archived(table: str, columns: Mapping[str, str]) -> sql.Composable:
+    """A row of the table as its line in an archive, all its columns, of which `columns` hold JSON."""
+    line = sql.SQL("row_to_json({}.*)::text").format(sql.Identifier(table))
+    if "json" in columns.values():
+        # The white space between tokens of a `json` column may hold a line break.
+        line = sql.SQL("translate({}, E'\\r\\n', '  ')").format(line)
+    if not columns:
+        return line
+    return sql.SQL(
+        "CASE WHEN {any} THEN left({line}, -1) || {mark} || substr({nulls}, 2) || ']}}' ELSE {line} END"
+    ).format(
+        any=sql.SQL(" OR ").join(_null(table, name, kind) for name, kind in columns.items()),
+        line=line,
+        mark=sql.Literal(f',"{JSON_NULLS}":['),
+        nulls=nulls(table, columns),
+    )
 
 
-def flat(line: bytes) -> bytes:
-    """One line of what COPY quoted for its line breaks.
-
-    Only the white space between tokens of a `json` column can hold one.
-    """
-    return line.strip(b"\x01\n").translate(_FLAT) + b"\n"
+def _null(table: str, column: str, kind: str) -> sql.Composable:
+    test = {
+        "json": "json_typeof({column}) = 'null'",
+        "jsonb": f"pg_column_size({{column}}) <= {_NULL_BYTES} AND jsonb_typeof({{column}}) = 'null'",
+    }[kind]
+    return sql.SQL(test).format(column=sql.Identifier(table, column))
 
 
 def marked(lines: Iterable[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -126,16 +127,19 @@ class Means:
         """Write a batch's rows to the store and read them back; the batch of just these rows, and the objects."""
         store, run = self._archive()
         query = rows.lines(self.connection, batch)
-        objects, addresses = archive.write(store, self.connection, query, table=rows.what.name, run=run)
-        return at(batch, addresses), objects
+        objects, addresses, sizes = archive.write(store, self.connection, query, table=rows.what.name, run=run)
+        return at(batch, addresses, sizes), objects
 
     def archived(self) -> list[ArchivedObject]:
         """The objects of this run whose rows are gone from the database."""
         return ledger_shards.objects(self.connection, self._archive()[1])
 
-    def damaged(self) -> list[str]:
-        """Keys of this run's archive objects that are missing or changed in the store."""
-        return archive.check(self._archive()[0], self.archived())
+    def checking(self) -> Callable[[], list[str]]:
+        """Begin to read this run's archive objects beside what else is done; then, which are missing or changed."""
+        pool = ThreadPoolExecutor(1)
+        found = pool.submit(archive.check, self._archive()[0], self.archived())
+        pool.shutdown(wait=False)
+        return found.result
 
     def index_archive(self, table: str, facts: dict[str, object]) -> dict[str, object]:
         """Write the manifest, sweep leftovers; what the receipt says of the archive."""

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from worker import lines
 from worker.blocks import CTID, within
-from worker.db import Tid
+from worker.db import Tid, Tids
 from worker.job import Amount, Batch, Left, Shard, Tally, Target
 from worker.layouts.model import Keep, Records
 from worker.retention import Cutoffs
@@ -23,6 +23,9 @@ from worker.retention import Cutoffs
 # A window of blocks is the unit in which expired rows are located; about 2,500 rows of an activity log.
 WINDOW_BLOCKS = 64
 _WORD = (1 << 64) - 1
+# So many lines are put together, but for rows of more bytes than this.
+_TOGETHER = 256
+_LARGE = 2_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +56,20 @@ class RowSet:
 
     # -- counting -------------------------------------------------------------------------------------
 
-    def count(self, connection: sa.Connection) -> tuple[tuple[Target, ...], tuple[Left, ...]]:
-        """What goes and what stays, per company.
+    def count(
+        self, connection: sa.Connection, *, measured: bool = True
+    ) -> tuple[tuple[Target, ...], tuple[Left, ...]]:
+        """What goes and what stays, per company; unless `measured`, without sizes and digests, which read every row.
 
         All old rows less those each keep holds back: semi-joins that start at the few open issues and live runs,
         where one scan that asks every keep of every row takes three times as long.
         """
-        goes = self._counts(connection)
+        goes = self._counts(connection, measured=measured)
         left = []
         for place, keep in enumerate(self.keeps):
-            stays = self._counts(connection, keep.rows, *(~earlier.rows for earlier in self.keeps[:place]))
+            stays = self._counts(
+                connection, keep.rows, *(~earlier.rows for earlier in self.keeps[:place]), measured=measured
+            )
             for company, (rows, size, mixed) in stays.items():
                 left.append(Left(table=self.what.name, company=company, reason=keep.reason, rows=rows))
                 total = goes[company]
@@ -78,16 +85,16 @@ class RowSet:
         )
 
     def _counts(
-        self, connection: sa.Connection, *terms: sa.ColumnElement[bool]
+        self, connection: sa.Connection, *terms: sa.ColumnElement[bool], measured: bool
     ) -> dict[str | None, tuple[int, int, int]]:
         """Per company: rows, bytes and the XOR of the keys' hashes, which tells one set of rows from another."""
         company = sa.null() if self.what.company is None else self.what.company
-        query = sa.select(
-            company.label("company"),
-            sa.func.count(),
-            sa.func.sum(self.size),
-            sa.func.bit_xor(sa.func.hashtextextended(sa.cast(self.what.key, sa.Text), 0)),
-        ).where(self.old, *terms)
+        size: sa.ColumnElement[int] = sa.literal(0)
+        digest: sa.ColumnElement[int] = sa.literal(0)
+        if measured:
+            size = sa.func.sum(self.size)
+            digest = sa.func.bit_xor(sa.func.hashtextextended(sa.cast(self.what.key, sa.Text), 0))
+        query = sa.select(company.label("company"), sa.func.count(), size, digest).where(self.old, *terms)
         if self.what.company is not None:
             query = query.group_by(self.what.company)
         return {
@@ -158,7 +165,7 @@ class RowSet:
         self, connection: sa.Connection, shard: Shard, after: Mapping[str, Any] | None, limit: int
     ) -> Batch | None:
         """Uses the index on (company, age); the key settles ties of age."""
-        age, key = self.what.age, self.what.key
+        age = self.what.age
         spec = shard.spec
         inside = [
             self.company == sa.literal(spec["company"], sa.Uuid(as_uuid=False)),
@@ -168,43 +175,90 @@ class RowSet:
         if after:
             # The plain bound on age lets the index start there; the pair alone would not.
             at = datetime.fromisoformat(after["age"])
-            inside += [age >= at, sa.tuple_(age, key) > sa.tuple_(sa.literal(at), self._key(after["key"]))]
-        last = connection.execute(
-            sa.select(age, key).where(*inside).order_by(age, key).offset(limit - 1).limit(1)
-        ).one_or_none()
+            inside += [age >= at, self._beyond(at, after["key"])]
+        last, tied = self._bound(connection, inside, limit)
         if last is None:
             return Batch(after=dict(after or {}), window=sa.and_(*inside), exhausted=True)
-        window = [
-            age <= last[0],
-            sa.tuple_(age, key) <= sa.tuple_(sa.literal(last[0]), self._key(str(last[1]))),
-        ]
-        return Batch(
-            after={"age": last[0].isoformat(), "key": str(last[1])},
-            window=sa.and_(*inside, *window),
-            exhausted=False,
+        upto = [age <= last]
+        if tied is not None:
+            upto.append(~self._beyond(last, tied))
+        return Batch(after={"age": last.isoformat(), "key": tied}, window=sa.and_(*inside, *upto), exhausted=False)
+
+    def _bound(
+        self, connection: sa.Connection, inside: list[sa.ColumnElement[bool]], limit: int
+    ) -> tuple[datetime | None, str | None]:
+        """The age up to which a window has about `limit` rows, and the key up to which of those so old.
+
+        Without a key: all of them. The index alone can tell then.
+        """
+        age, key = self.what.age, self.what.key
+        query = sa.select(age).where(*inside).order_by(age).offset(limit - 1).limit(1)
+        last = connection.scalar(query)
+        if last is None:
+            return None, None
+        same = sa.select(sa.literal(1)).where(*inside, age == last).offset(limit).limit(1)
+        if connection.scalar(same) is None:
+            return last, None
+        pair = sa.select(age, key).where(*inside).order_by(age, key).offset(limit - 1).limit(1)
+        row = connection.execute(pair).one()
+        return row[0], str(row[1])
+
+    def _beyond(self, age: datetime, key: str | None) -> sa.ColumnElement[bool]:
+        """Older than so old, or as old and with a larger key."""
+        if key is None:
+            return self.what.age > age
+        found: sa.ColumnElement[bool] = sa.tuple_(self.what.age, self.what.key) > sa.tuple_(
+            sa.literal(age), self._key(key)
         )
+        return found
 
     def lines(self, connection: sa.Connection, batch: Batch) -> sa.Select[Any]:
-        """Of each row of a batch: company, age, address, its columns that hold a JSON null, and the whole row as JSON
-        (every column, known to us or not)."""
-        of_json = lines.json_columns(connection, self.what.name)
+        """The rows of a batch as lines, many at once: company, rows, bytes, first and last age, addresses, lines.
+
+        Every column of a row, known to us or not. The server puts the lines together: one by one they cost both
+        sides more than the JSON in them.
+        """
+        line = lines.archived(self.what.name, lines.json_columns(connection, self.what.name)).as_string()
+        company = sa.null() if self.what.company is None else self.what.company
+        found = (
+            sa.select(
+                company.label("company"),
+                self.what.age.label("age"),
+                CTID.label("address"),
+                self.size.label("size"),
+                sa.literal_column(line, sa.Text).label("line"),
+                sa.func.row_number().over().label("number"),
+            )
+            .where(self.rows(batch))
+            .subquery("found")
+        )
+        row = found.c
+        # A large row stands alone, or those together would have no bound.
+        part = sa.case((row.size > _LARGE, -row.number), else_=row.number // _TOGETHER)
         return sa.select(
-            self.whose,
-            sa.cast(self.what.age, sa.Text),
-            CTID,
-            sa.literal_column(lines.nulls(self.what.name, of_json).as_string()),
-            sa.func.row_to_json(self.what.table.table_valued()),
-        ).where(self.rows(batch))
+            sa.cast(row.company, sa.Text),
+            sa.func.count(),
+            sa.func.sum(row.size),
+            sa.cast(sa.func.min(row.age), sa.Text),
+            sa.cast(sa.func.max(row.age), sa.Text),
+            sa.func.array_agg(row.address),
+            sa.func.string_agg(row.line, "\n"),
+        ).group_by(row.company, part)
 
     def delete(self, connection: sa.Connection, batch: Batch) -> Tally:
         """Delete the batch's rows; the tally has them per company."""
+        sizes = batch.sizes
+        size = self.size if sizes is None else sa.literal(0)
         gone = (
             sa.delete(self.what.table)
             .where(self.rows(batch))
-            .returning(self.whose.label("company"), self.size.label("size"))
+            .returning(self.whose.label("company"), size.label("size"))
             .cte("gone")
         )
-        return totals(connection, self.what.name, gone)
+        found = totals(connection, self.what.name, gone)
+        if sizes is None:
+            return found
+        return Tally({place: Amount(amount.rows, sizes[place[1]]) for place, amount in found.done.items()})
 
     def rows(self, batch: Batch) -> sa.ColumnElement[bool]:
         """The rows of a batch that go."""
@@ -249,7 +303,10 @@ def totals(connection: sa.Connection, table: str, changed: sa.CTE, *notes: sa.CT
     return Tally({(table, whose): Amount(number, int(size)) for whose, number, size in rows})
 
 
-def at(batch: Batch, addresses: str) -> Batch:
-    """The batch as exactly the rows at these addresses (a tid[] as text). Good in the same snapshot only."""
-    rows = sa.any_(sa.cast(sa.literal(addresses), sa.ARRAY(Tid()))) == CTID
-    return Batch(after=batch.after, window=rows, exhausted=batch.exhausted, exact=True)
+def at(batch: Batch, addresses: Tids, sizes: Mapping[str | None, int]) -> Batch:
+    """The batch as exactly the rows at these addresses, with their bytes per company; good in the same snapshot."""
+    rows = (
+        sa.any_(sa.cast(sa.bindparam("addresses", addresses, sa.types.NULLTYPE, unique=True), sa.ARRAY(Tid())))
+        == CTID
+    )
+    return Batch(after=batch.after, window=rows, exhausted=batch.exhausted, exact=True, sizes=sizes)

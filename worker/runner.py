@@ -191,7 +191,7 @@ class Runner:
         seconds = time.monotonic() - locked
         self._asked = None
         if not self._contended:
-            self._throttle.observe(asked=asked, seconds=seconds)
+            self._throttle.observe(asked=asked, seconds=seconds, copied=sum(one.raw_bytes for one in objects))
         self._contended = False
         log.debug("bite committed", run=str(run.id), shard=held.number, rows=tally.total.rows, seconds=seconds)
         return True

@@ -17,6 +17,8 @@ _FIRST_ROWS = 250
 _LEAST_ROWS = 100
 # With what others hold left out, a bite locks before it copies; it stays small so that nobody waits for it.
 _CONTENDED_ROWS = 200
+# What a bite copies out stands in files and behind one transaction until it is stored.
+_MOST_COPIED = 64 << 20
 _LOOK_EVERY = 2.0
 
 
@@ -43,12 +45,13 @@ class Throttle:
         """How many rows the next bite should take."""
         return min(self._rows, _CONTENDED_ROWS) if contended else self._rows
 
-    def observe(self, *, asked: int, seconds: float) -> None:
-        """Learn from a bite that asked for so many rows and held its locks for so long.
+    def observe(self, *, asked: int, seconds: float, copied: int = 0) -> None:
+        """Learn from a bite that asked for so many rows, held its locks for so long and copied out so many bytes.
 
-        At most doubled or halved at once, so one odd bite does not throw the size off.
+        At most doubled or halved at once, so one odd bite does not throw the size off; but rows that are large are
+        large, so what was copied counts in full.
         """
-        factor = min(2.0, max(0.5, self._target / max(seconds, 1e-6)))
+        factor = min(2.0, max(0.5, self._target / max(seconds, 1e-6)), _MOST_COPIED / max(copied, 1))
         self._rows = min(self._most, max(_LEAST_ROWS, round(asked * factor)))
 
     def shrink(self) -> None:

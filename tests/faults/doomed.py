@@ -38,7 +38,7 @@ BITE: dict[str, Step] = {
 FIRST = "first object written"
 AROUND: dict[str, Step] = {
     FIRST: (S3Store, "put", 1, AFTER),
-    "after plan": (PruneLogs, "plan", 1, AFTER),
+    "after plan": (PruneLogs, "outline", 1, AFTER),
     "shards laid out": (ledger_shards, "add_shards", 1, AFTER),
     "before verify": (PruneLogs, "verify", 1, BEFORE),
     "after verify": (PruneLogs, "verify", 1, AFTER),

@@ -76,7 +76,11 @@ def _cited() -> Keep:
     return Keep(
         reason="cited",
         why="a decision's effect cites the row; deleting it would null the citation",
-        rows=sa.exists(EFFECTS.c.activity_log_id).where(EFFECTS.c.activity_log_id == ACTIVITY.c.id),
+        # No deployment is known to have any, and a join with nothing is as dear as one with something.
+        rows=sa.and_(
+            sa.exists(EFFECTS.c.activity_log_id),
+            sa.exists(EFFECTS.c.activity_log_id).where(EFFECTS.c.activity_log_id == ACTIVITY.c.id),
+        ),
         reads=(EFFECTS,),
     )
 
