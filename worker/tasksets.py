@@ -70,22 +70,20 @@ class TaskSets:
         return totals(self._connection, self._tasks.name, done, note)
 
     def _changed(self, rows: RowSet, batch: Batch, values: Mapping[str, Any]) -> sa.CTE:
-        # Sizes are those before: RETURNING has the new row, which may be a time stamp longer.
+        found = (self._tasks.key.label("task"), rows.whose.label("company"))
+        mark, changed = self._tasks.mark.label("mark"), sa.update(self._tasks.table).values(dict(values))
+        if not self._tasks.resized:
+            return changed.where(rows.rows(batch)).returning(*found, rows.size.label("size"), mark).cte("done")
+        # Sizes are those before, and RETURNING has the new row.
         before = (
             sa.select(self._tasks.key.label("key"), rows.size.label("size"))
             .select_from(rows.what.table)
             .where(rows.rows(batch))
             .subquery("before")
         )
-        found = (self._tasks.key.label("task"), rows.whose.label("company"), before.c.size.label("size"))
-        return (
-            sa.update(self._tasks.table)
-            # The window again, or a seemingly large batch is joined by a scan of the whole table.
-            .where(rows.window(batch), before.c.key == self._tasks.key)
-            .values(dict(values))
-            .returning(*found, self._tasks.mark.label("mark"))
-            .cte("done")
-        )
+        # The window again, or a seemingly large batch is joined by a scan of the whole table.
+        changed = changed.where(rows.window(batch), before.c.key == self._tasks.key)
+        return changed.returning(*found, before.c.size.label("size"), mark).cte("done")
 
     def archived_by(self, run: UUID, companies: tuple[UUID, ...]) -> RowSet:
         """The tasks that a run archived and nobody has brought back, but for those changed since."""

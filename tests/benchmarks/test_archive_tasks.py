@@ -21,7 +21,7 @@ from worker.operations import Operations
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(3600)]
 
-# Of 200 days; the seeded tasks of the demo are among them. A released task takes ten times as long as one of the guide.
+# Of 200 days; the seeded tasks of the demo are among them. A released task takes ten times as long as a guide one.
 TASKS = {"guide": 1_000_000, "paperclip": 100_000}
 _AGE = "t.updated_at < now() - '30 days'::interval"
 _BODY = "repeat(md5(g::text) || ' ', 5 + g % 25)"

@@ -102,11 +102,13 @@ class TaskTable(Records):
     """The table of tasks, of which ended ones are archived: put out of sight, and brought back as they were.
 
     `archived` and `back` are what is set then. `mark` is a text that differs once the app has changed a task.
+    `resized`: an archived task takes more or less room than before.
     """
 
     archived: Callable[[datetime], Mapping[str, Any]]
     back: Mapping[str, Any]
     mark: sa.ColumnElement[str]
+    resized: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,7 @@ _TASKS = TaskTable(
     archived=lambda _: {"archived": True},
     back={"archived": False},
     mark=sa.func.concat_ws("|", TASKS.c.updated_at, TASKS.c.status, TASKS.c.archived),
+    resized=False,
 )
 
 
