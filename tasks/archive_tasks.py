@@ -35,6 +35,7 @@ class ArchiveTasks(Job):
 
     name = "archive-tasks"
     action = "maintenance.tasks_archived"
+    repeatable = True
 
     older_than: timedelta | None = param(
         None,

@@ -37,6 +37,7 @@ class PruneLogs(Job):
 
     name = "prune-logs"
     action = "maintenance.logs_pruned"
+    repeatable = True
 
     older_than: timedelta | None = param(
         None,

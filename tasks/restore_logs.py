@@ -28,6 +28,7 @@ class RestoreLogs(Job):
 
     name = "restore-logs"
     action = "maintenance.logs_restored"
+    repeatable = True
     destructive = False
 
     run: RunId | None = param(

@@ -36,6 +36,8 @@ MOST_FAULTS = 10
 _LONGEST_REST = 5.0
 # A settlement waits for the bucket no longer than for so many receipts; the next, or the rescue, has the rest.
 MOST_ANCHORED = 200
+# Whatever settles a run commits after its bites and does wait, and the log is written in order.
+_NEED_NOT_LAST = "SET LOCAL synchronous_commit = off"
 _SEES_COMMITS = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
 
 
@@ -160,8 +162,8 @@ class Runner:
         job = params.from_json(registry.job(run.job), run.params)
         asked = self._throttle.rows(contended=self._contended)
         began = time.monotonic()
-        first = f"{_SEES_COMMITS}; {holds.SHARED}" if job.read_committed else holds.SHARED
-        with self._transaction(first=first) as connection:
+        modes = [_SEES_COMMITS] * job.read_committed + [_NEED_NOT_LAST] * job.repeatable
+        with self._transaction(first="; ".join([*modes, holds.SHARED])) as connection:
             held = ledger_shards.take_shard(connection, run.id)
             if held is None:
                 return False
