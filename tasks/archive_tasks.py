@@ -86,14 +86,14 @@ class ArchiveTasks(Job):
             means.tasks.require_not_undone(means.run)
 
     def plan(self, means: Means) -> Plan:
-        return self._plan(means, measured=True)
+        return self._plan(means, exact=True)
 
     def outline(self, means: Means) -> Plan:
-        return self._plan(means, measured=False)
+        return self._plan(means, exact=False)
 
-    def _plan(self, means: Means, *, measured: bool) -> Plan:
+    def _plan(self, means: Means, *, exact: bool) -> Plan:
         rows = self._rows(means)
-        targets, left = rows.count(means.connection, measured=measured)
+        targets, left = rows.count(means.connection, measured=exact, exact=exact)
         if self.undo is not None:
             left += tuple(means.tasks.gone(self.undo, self.company))
         return Plan(

@@ -97,13 +97,13 @@ class PruneLogs(Job):
             raise Refused(f"--keep-security: {self.table} does not say which rows are security events")
 
     def plan(self, means: Means) -> Plan:
-        return self._plan(means, measured=True)
+        return self._plan(means, exact=True)
 
     def outline(self, means: Means) -> Plan:
-        return self._plan(means, measured=False)
+        return self._plan(means, exact=False)
 
-    def _plan(self, means: Means, *, measured: bool) -> Plan:
-        targets, left = self._expired(means).count(means.connection, measured=measured)
+    def _plan(self, means: Means, *, exact: bool) -> Plan:
+        targets, left = self._expired(means).count(means.connection, measured=exact, exact=exact)
         log = means.layout.log(self.table)
         notes = [f"{keep.reason}: {keep.why}" for keep in self._expired(means).keeps]
         if not log.record:

@@ -94,15 +94,21 @@ class Holds:
             terms.append(records.names_user(users))
         if tasks := self.targets("task"):
             terms.append(records.names_task(tasks))
+        named = _any(terms)
         if users or tasks:
             # Asked once for all ids: each time the row's JSON is made into text.
             terms.append(records.mentions([*users, *tasks]))
-        # A column that is NULL must not make the whole answer NULL, which would be neither held nor free.
-        return (_keep(sa.func.coalesce(sa.or_(*terms), sa.false())),) if terms else ()
+        return (_keep(_any(terms), at_least=named),) if terms else ()
 
 
-def _keep(rows: sa.ColumnElement[bool]) -> Keep:
-    return Keep(reason="legal_hold", why="a legal hold is in force; see `holds list`", rows=rows)
+def _any(terms: list[sa.ColumnElement[bool]]) -> sa.ColumnElement[bool]:
+    # A column that is NULL must not make the whole answer NULL, which would be neither held nor free.
+    return sa.func.coalesce(sa.or_(sa.false(), *terms), sa.false())
+
+
+def _keep(rows: sa.ColumnElement[bool], *, at_least: sa.ColumnElement[bool] | None = None) -> Keep:
+    why = "a legal hold is in force; see `holds list`"
+    return Keep(reason="legal_hold", why=why, rows=rows, at_least=at_least)
 
 
 def in_force(connection: sa.Connection) -> Holds:

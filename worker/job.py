@@ -240,8 +240,8 @@ class Job(abc.ABC):
     destructive: ClassVar[bool] = True
     # Whether a bite sees what others commit while it runs: for a job that first locks, then looks.
     read_committed: ClassVar[bool] = False
-    # Whether a bite that a crash of the server loses is simply taken again: such bites need not wait for the disk. Not
-    # for a job whose bites act outside of the database on what they committed.
+    # Whether a bite that a crash of the server loses is simply taken again: such bites need not wait for the disk.
+    # Not for a job whose bites act outside of the database on what they committed.
     repeatable: ClassVar[bool] = False
     # Whether it reads every table there is, known or not. Such rights are printed only for a job asked for by name.
     reads_everything: ClassVar[bool] = False

@@ -79,7 +79,8 @@ def settle(
         "state": state.value,
         "kept": state is State.KEPT,
         "horizon": run.now.isoformat(),
-        "plan": run.plan_hash or (run.plan or {}).get("hash"),
+        # What was approved; the outline of a run that was entered without one is not a plan one could make again.
+        "plan": run.plan_hash,
         "actor": run.actor,
         "reason": run.reason,
         "via": run.via,

@@ -330,6 +330,20 @@ def test_shards_hold_every_row_of_the_plan_in_batches_of_two(deployment: Deploym
     assert tally == plan.tally
 
 
+def test_an_outline_has_the_rows_of_the_plan(deployment: Deployment, job: Job) -> None:
+    operations = deployment.operations
+    plan = operations.plan(job)
+    with operations.transaction(scan=True) as connection:
+        layout = layouts.LAYOUTS[deployment.layout]
+        store = operations.store
+        means = Means(connection=connection, now=plan.now, layout=layout, settings=operations.settings, store=store)
+        outline = job.outline(means)
+    assert {place: amount.rows for place, amount in outline.tally.done.items()} == {
+        place: amount.rows for place, amount in plan.tally.done.items()
+    }
+    assert outline.left == plan.left
+
+
 def _walk(job: Job, means: Means, shard: Shard) -> Iterator[Tally]:
     cursor: Mapping[str, Any] | None = None
     while (batch := job.claim(means, shard, cursor, 2)) is not None:

@@ -218,6 +218,13 @@ def test_bites_are_steered_to_their_time() -> None:
     assert throttle.rows(contended=True) < first
 
 
+def test_rows_that_are_large_are_few_at_once() -> None:
+    """However fast they go: what a bite copies out stands in files, and behind one transaction."""
+    throttle = Throttle(config.load({}))
+    throttle.observe(asked=1000, seconds=0.001, copied=640 << 20)
+    assert throttle.rows(contended=False) == 100
+
+
 def test_a_settled_promise_never_moves_and_every_state_can_be_reached() -> None:
     assert not states.STEPS[State.KEPT]
     assert not states.STEPS[State.UNKEPT]

@@ -16,12 +16,16 @@ from worker.errors import Refused
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """Rows that stay although they are old. `rows` is a predicate that is never NULL."""
+    """Rows that stay although they are old. `rows` is a predicate that is never NULL.
+
+    `at_least`: some of them, found without a look into texts; for a count that need not be exact.
+    """
 
     reason: str
     why: str
     rows: sa.ColumnElement[bool]
     reads: tuple[sa.Table, ...] = ()
+    at_least: sa.ColumnElement[bool] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

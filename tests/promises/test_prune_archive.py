@@ -1,0 +1,105 @@
+"""How prune-logs copies rows out before they go: many lines at once, and never more than fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import pytest
+import sqlalchemy as sa
+
+from tasks.prune_logs import PruneLogs
+from tests.conftest import Deployment
+from worker import audit, layouts
+from worker.archive import ArchivedObject
+from worker.job import Batch, Tally
+from worker.means import Means
+
+JOB = PruneLogs()
+
+
+@contextmanager
+def _means(deployment: Deployment) -> Iterator[Means]:
+    operations = deployment.operations
+    now = operations.plan(JOB).now
+    with operations.transaction(scan=True) as connection:
+        layout = layouts.LAYOUTS[deployment.layout]
+        yield Means(
+            connection=connection,
+            now=now,
+            layout=layout,
+            settings=operations.settings,
+            run=UUID(int=0),
+            store=operations.store,
+        )
+        connection.rollback()
+
+
+def _bites(means: Means, limit: int) -> Iterator[tuple[Batch, tuple[ArchivedObject, ...], Tally]]:
+    """Every bite of a run of at most about so many rows, with the objects it wrote and what it deleted."""
+    for shard in JOB.shards(means, JOB.plan(means)):
+        after = None
+        while (batch := JOB.claim(means, shard, after, limit)) is not None:
+            kept, objects = JOB.preserve(means, batch)
+            yield batch, objects, JOB.apply(means, kept)
+            after = batch.after
+            if batch.exhausted:
+                break
+
+
+@pytest.mark.parametrize("unit", ["month", "century"])
+def test_rows_of_one_moment_are_never_one_bite(deployment: Deployment, unit: str) -> None:
+    """Many rows of the very same age: the age alone does not say where a bite ends."""
+    age = layouts.LAYOUTS[deployment.layout].log("activity_log").age.name
+    deployment.query(f'UPDATE activity_log SET "{age}" = date_trunc(\'{unit}\', "{age}")')
+    with _means(deployment) as means:
+        planned = JOB.plan(means).tally
+        bites = list(_bites(means, 5))
+    assert sum((tally for _, _, tally in bites), Tally()) == planned
+    assert max(tally.total.rows for _, _, tally in bites) < 10
+    assert sum(one.rows for _, objects, _ in bites for one in objects) == planned.total.rows
+
+
+def test_a_large_row_is_not_put_together_with_others(released: Deployment) -> None:
+    released.query(
+        "UPDATE activity_log SET details = to_jsonb(array(SELECT md5(random()::text) FROM generate_series(1, 500))) "
+        "WHERE id IN (SELECT id FROM activity_log ORDER BY created_at LIMIT 20)"
+    )
+    with _means(released) as means:
+        rows = JOB._expired(means)
+        chunks = means.connection.execute(
+            rows.lines(means.connection, Batch(after={}, exhausted=True, window=sa.true()))
+        )
+        sizes = [(number, len(text)) for _, number, _, _, _, _, text in chunks]
+    large = [number for number, length in sizes if length > 15_000 and number == 1]
+    assert len(large) >= 1
+    assert max(length / number for number, length in sizes if number > 1) < 5_000
+    assert max(number for number, _ in sizes) > 10
+
+
+def test_bites_do_not_wait_for_the_disk_and_the_receipt_does(
+    released: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[str]] = {"claim": set(), "append": set()}
+
+    def note(owner: Any, name: str, connection: Callable[..., sa.Connection]) -> None:
+        original = getattr(owner, name)
+
+        def noting(*args: Any, **more: Any) -> Any:
+            seen[name].add(connection(*args).scalar(sa.text("SHOW synchronous_commit")))
+            return original(*args, **more)
+
+        monkeypatch.setattr(owner, name, noting)
+
+    note(PruneLogs, "claim", lambda _, means, *_more: means.connection)
+    note(audit, "append", lambda connection, *_more: connection)
+    # The servers of the tests never wait.
+    released.query(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET synchronous_commit = on', current_database()); END $$"
+    )
+    operations = released.with_settings()
+    operations.runner().work(operations.start(JOB, actor="tester", via="test"), seconds=math.inf)
+    assert seen == {"claim": {"off"}, "append": {"on"}}
