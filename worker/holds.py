@@ -94,21 +94,16 @@ class Holds:
             terms.append(records.names_user(users))
         if tasks := self.targets("task"):
             terms.append(records.names_task(tasks))
-        named = _any(terms)
         if users or tasks:
             # Asked once for all ids: each time the row's JSON is made into text.
             terms.append(records.mentions([*users, *tasks]))
-        return (_keep(_any(terms), at_least=named),) if terms else ()
+        # A column that is NULL must not make the whole answer NULL, which would be neither held nor free.
+        held = sa.func.coalesce(sa.or_(*terms), sa.false())
+        return (_keep(held, dear=bool(users or tasks)),) if terms else ()
 
 
-def _any(terms: list[sa.ColumnElement[bool]]) -> sa.ColumnElement[bool]:
-    # A column that is NULL must not make the whole answer NULL, which would be neither held nor free.
-    return sa.func.coalesce(sa.or_(sa.false(), *terms), sa.false())
-
-
-def _keep(rows: sa.ColumnElement[bool], *, at_least: sa.ColumnElement[bool] | None = None) -> Keep:
-    why = "a legal hold is in force; see `holds list`"
-    return Keep(reason="legal_hold", why=why, rows=rows, at_least=at_least)
+def _keep(rows: sa.ColumnElement[bool], *, dear: bool = False) -> Keep:
+    return Keep(reason="legal_hold", why="a legal hold is in force; see `holds list`", rows=rows, dear=dear)
 
 
 def in_force(connection: sa.Connection) -> Holds:

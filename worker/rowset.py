@@ -61,17 +61,17 @@ class RowSet:
     ) -> tuple[tuple[Target, ...], tuple[Left, ...]]:
         """What goes and what stays, per company.
 
-        Unless `measured`, without sizes and digests, which take a look at every row; unless `exact`, with rows among
-        those that go that only a look into their texts tells apart.
+        Unless `measured`, without sizes and digests, which take a look at every row; unless `exact`, with those among
+        the rows that go that only a dear keep holds back.
         All old rows less those each keep holds back: semi-joins that start at the few open issues and live runs,
         where one scan that asks every keep of every row takes three times as long.
         """
         goes = self._counts(connection, measured=measured)
-        left, earlier = [], list[sa.ColumnElement[bool]]()
-        for keep in self.keeps:
-            kept = keep.rows if exact or keep.at_least is None else keep.at_least
-            stays = self._counts(connection, kept, *earlier, measured=measured)
-            earlier.append(~kept)
+        left = []
+        keeps = [keep for keep in self.keeps if exact or not keep.dear]
+        for place, keep in enumerate(keeps):
+            earlier = (~one.rows for one in keeps[:place])
+            stays = self._counts(connection, keep.rows, *earlier, measured=measured)
             for company, (rows, size, mixed) in stays.items():
                 left.append(Left(table=self.what.name, company=company, reason=keep.reason, rows=rows))
                 total = goes[company]

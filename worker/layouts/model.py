@@ -18,14 +18,14 @@ from worker.errors import Refused
 class Keep:
     """Rows that stay although they are old. `rows` is a predicate that is never NULL.
 
-    `at_least`: some of them, found without a look into texts; for a count that need not be exact.
+    `dear`: it looks into the text of every row, and is left out of a count that need not be exact.
     """
 
     reason: str
     why: str
     rows: sa.ColumnElement[bool]
     reads: tuple[sa.Table, ...] = ()
-    at_least: sa.ColumnElement[bool] | None = None
+    dear: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
