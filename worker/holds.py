@@ -97,9 +97,10 @@ class Holds:
         if users or tasks:
             # Asked once for all ids: each time the row's JSON is made into text.
             terms.append(records.mentions([*users, *tasks]))
+        if not terms:
+            return ()
         # A column that is NULL must not make the whole answer NULL, which would be neither held nor free.
-        held = sa.func.coalesce(sa.or_(*terms), sa.false())
-        return (_keep(held, dear=bool(users or tasks)),) if terms else ()
+        return (_keep(sa.func.coalesce(sa.or_(*terms), sa.false()), dear=bool(users or tasks)),)
 
 
 def _keep(rows: sa.ColumnElement[bool], *, dear: bool = False) -> Keep:
