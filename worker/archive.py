@@ -10,7 +10,7 @@ import hashlib
 import io
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ _SPOOL = 8 << 20
 # Objects are read at the same time: a request waits more than it works.
 _READERS = 4
 INSTANCE = "instance"
+_NO = b"\0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +56,25 @@ def root(table: str, run: UUID) -> str:
 
 
 def write(
-    store: Store, connection: sa.Connection, query: sa.Select[Any], *, table: str, run: UUID
+    store: Store,
+    connection: sa.Connection,
+    query: sa.Select[Any],
+    *,
+    again: Callable[[Tids], sa.Select[Any]],
+    table: str,
+    run: UUID,
 ) -> tuple[tuple[ArchivedObject, ...], Tids, dict[str | None, int]]:
-    """Stream `query` (of `RowSet.lines`) into one object per company, and read each back.
+    """Stream `query` (of `copies.query`) into one object per company, and read each back.
 
-    Returns the objects, the addresses of their rows, and the bytes these take in the table per company. Raises
-    StorageFault when the store does not give back the very bytes; nothing may be deleted then.
+    Lines in doubt are left out, and taken by the query that `again` makes of their addresses. Returns the objects,
+    the addresses of their rows, and the bytes these take in the table per company. Raises StorageFault when the store
+    does not give back the very bytes; nothing may be deleted then.
     """
     spools: dict[str | None, _Spool] = {}
     try:
-        addresses = _fill(spools, connection, query)
+        addresses, doubtful = _fill(spools, connection, query)
+        if doubtful.number:
+            addresses.join(_fill(spools, connection, again(doubtful))[0])
         objects = tuple(_store(store, spool, table, run) for _, spool in sorted(spools.items(), key=_by_company))
         return objects, addresses, {whose: spool.size for whose, spool in spools.items()}
     finally:
@@ -76,17 +86,21 @@ def _by_company(item: tuple[str | None, _Spool]) -> str:
     return item[0] or ""
 
 
-def _fill(spools: dict[str | None, _Spool], connection: sa.Connection, query: sa.Select[Any]) -> Tids:
-    addresses = Tids()
-    for company, rows, size, first, last, places, lines in db.copy_rows(connection, query):
+def _fill(spools: dict[str | None, _Spool], connection: sa.Connection, query: sa.Select[Any]) -> tuple[Tids, Tids]:
+    """The addresses of the rows that were taken, and of those in doubt."""
+    addresses, doubtful = Tids(), Tids()
+    for company, rows, size, first, last, places, lines, doubt in db.copy_rows(connection, query):
         whose = company.decode() if company is not None else None
         number = int.from_bytes(rows)
+        if doubt != _NO:
+            doubtful.add(places, number)
+            continue
         addresses.add(places, number)
         spool = spools.get(whose)
         if spool is None:
             spool = spools[whose] = _Spool(whose)
         spool.add(lines, rows=number, size=int.from_bytes(size), first=first, last=last)
-    return addresses
+    return addresses, doubtful
 
 
 class _Spool:

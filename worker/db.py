@@ -75,7 +75,8 @@ def engine(settings: Settings) -> sa.Engine:
     def connect() -> psycopg.Connection[Any]:
         # Prepared statements would switch to generic plans, which cannot estimate a TID range.
         made = psycopg.connect(url, application_name=APPLICATION_NAME, connect_timeout=10, prepare_threshold=None)
-        made.adapters.register_dumper(Tids, _TidsDumper)
+        for dumper in (_TidsText, _TidsDumper):
+            made.adapters.register_dumper(Tids, dumper)
         return made
 
     return sa.create_engine(
@@ -221,6 +222,8 @@ class Tids:
 
     # Dimensions, nulls, the type of the elements; then of the one dimension its length and first index.
     _HEAD = struct.Struct("!iiIii")
+    # The length of an element, its block and its place there.
+    _PLACE = struct.Struct("!iIH")
     _OID = 27
 
     def __init__(self) -> None:
@@ -231,9 +234,18 @@ class Tids:
         self.number += number
         self._parts.append(array[self._HEAD.size :])
 
+    def join(self, others: Tids) -> None:
+        """The addresses of others as well."""
+        self.number += others.number
+        self._parts += others._parts
+
     def __bytes__(self) -> bytes:
         head = self._HEAD.pack(1 if self.number else 0, 0, self._OID, self.number, 1)
         return b"".join([head if self.number else head[:12], *self._parts])
+
+    def __str__(self) -> str:
+        places = self._PLACE.iter_unpack(b"".join(self._parts))
+        return "{" + ",".join(f'"({block},{row})"' for _, block, row in places) + "}"
 
 
 class _TidsDumper(Dumper):
@@ -242,6 +254,15 @@ class _TidsDumper(Dumper):
 
     def dump(self, obj: Tids) -> bytes:
         return bytes(obj)
+
+
+class _TidsText(Dumper):
+    """For COPY, which takes no parameters: they become part of its text."""
+
+    oid = 1010
+
+    def dump(self, obj: Tids) -> bytes:
+        return str(obj).encode()
 
 
 def advisory_lock(connection: sa.Connection, name: str) -> None:

@@ -94,17 +94,22 @@ class Holds:
             terms.append(records.names_user(users))
         if tasks := self.targets("task"):
             terms.append(records.names_task(tasks))
-        if users or tasks:
-            # Asked once for all ids: each time the row's JSON is made into text.
-            terms.append(records.mentions([*users, *tasks]))
         if not terms:
             return ()
-        # A column that is NULL must not make the whole answer NULL, which would be neither held nor free.
-        return (_keep(sa.func.coalesce(sa.or_(*terms), sa.false()), dear=bool(users or tasks)),)
+        if not users and not tasks:
+            return (_keep(_any(terms)),)
+        # Asked once for all ids: each time the row's JSON is made into text.
+        mentions = records.mentions([*users, *tasks])
+        return (_keep(_any([*terms, mentions]), needles=(*users, *tasks), unread=_any(terms)),)
 
 
-def _keep(rows: sa.ColumnElement[bool], *, dear: bool = False) -> Keep:
-    return Keep(reason="legal_hold", why="a legal hold is in force; see `holds list`", rows=rows, dear=dear)
+def _any(terms: list[sa.ColumnElement[bool]]) -> sa.ColumnElement[bool]:
+    # A column that is NULL must not make the whole answer NULL, which would be neither held nor free.
+    return sa.func.coalesce(sa.or_(*terms), sa.false())
+
+
+def _keep(rows: sa.ColumnElement[bool], **look: Any) -> Keep:
+    return Keep(reason="legal_hold", why="a legal hold is in force; see `holds list`", rows=rows, **look)
 
 
 def in_force(connection: sa.Connection) -> Holds:

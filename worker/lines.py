@@ -44,6 +44,14 @@ def json_columns(connection: sa.Connection, table: str) -> dict[str, str]:
     return {row[0]: row[1] for row in connection.execute(query)}
 
 
+def readable(connection: sa.Connection, table: str, columns: Iterable[str]) -> bool:
+    """Whether a row's line has in it whatever these columns have when they are made into text."""
+    wanted = set(columns)
+    kind = sa.func.format_type(_ATTRIBUTE.c.atttypid, None)
+    query = sa.select(_NAME).where(_of(table), kind.in_(["text", "character varying", "json", "jsonb"]))
+    return wanted <= set(connection.scalars(query))
+
+
 def required(connection: sa.Connection, table: str) -> list[str]:
     """The columns of a table that a new row must name now."""
     columns = _ATTRIBUTE.c
@@ -100,6 +108,12 @@ def _null(table: str, column: str, kind: str) -> sql.Composable:
         "jsonb": f"pg_column_size({{column}}) <= {_NULL_BYTES} AND jsonb_typeof({{column}}) = 'null'",
     }[kind]
     return sql.SQL(test).format(column=sql.Identifier(table, column))
+
+
+def has_any(text: sa.ColumnElement[str], needles: Iterable[str]) -> sa.ColumnElement[bool]:
+    """Whether lines have one of these anywhere: as it is (in a JSON column), or as JSON writes it (in another)."""
+    written = {form for one in needles for form in (one, json.dumps(one, ensure_ascii=False)[1:-1])}
+    return sa.or_(sa.false(), *(sa.func.strpos(text, one) > 0 for one in sorted(written)))
 
 
 def marked(lines: Iterable[str]) -> bool:

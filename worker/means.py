@@ -12,12 +12,12 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import archive, holds, ledger_shards, retention, slices
+from worker import archive, copies, holds, ledger_shards, retention, slices
 from worker.errors import Refused
 from worker.restore import Restore
 from worker.retirement import Retiring
 from worker.rotation import Rotating
-from worker.rowset import RowSet, at
+from worker.rowset import RowSet
 from worker.tasksets import TaskSets
 
 if TYPE_CHECKING:
@@ -126,9 +126,15 @@ class Means:
     def archive(self, rows: RowSet, batch: Batch) -> tuple[Batch, tuple[ArchivedObject, ...]]:
         """Write a batch's rows to the store and read them back; the batch of just these rows, and the objects."""
         store, run = self._archive()
-        query = rows.lines(self.connection, batch)
-        objects, addresses, sizes = archive.write(store, self.connection, query, table=rows.what.name, run=run)
-        return at(batch, addresses, sizes), objects
+        objects, addresses, sizes = archive.write(
+            store,
+            self.connection,
+            copies.query(rows, self.connection, batch, unread=copies.readable(rows, self.connection)),
+            again=lambda places: copies.query(rows, self.connection, copies.among(batch, places)),
+            table=rows.what.name,
+            run=run,
+        )
+        return copies.at(batch, addresses, sizes), objects
 
     def archived(self) -> list[ArchivedObject]:
         """The objects of this run whose rows are gone from the database."""

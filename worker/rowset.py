@@ -13,9 +13,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import lines
-from worker.blocks import CTID, within
-from worker.db import Tid, Tids
+from worker.blocks import within
 from worker.job import Amount, Batch, Left, Shard, Tally, Target
 from worker.layouts.model import Keep, Records
 from worker.retention import Cutoffs
@@ -23,9 +21,6 @@ from worker.retention import Cutoffs
 # A window of blocks is the unit in which expired rows are located; about 2,500 rows of an activity log.
 WINDOW_BLOCKS = 64
 _WORD = (1 << 64) - 1
-# So many lines are put together, but for rows of more bytes than this.
-_TOGETHER = 256
-_LARGE = 2_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +57,13 @@ class RowSet:
         """What goes and what stays, per company.
 
         Unless `measured`, without sizes and digests, which take a look at every row; unless `exact`, with those among
-        the rows that go that only a dear keep holds back.
+        the rows that go that only a keep which looks into texts holds back.
         All old rows less those each keep holds back: semi-joins that start at the few open issues and live runs,
         where one scan that asks every keep of every row takes three times as long.
         """
         goes = self._counts(connection, measured=measured)
         left = []
-        keeps = [keep for keep in self.keeps if exact or not keep.dear]
+        keeps = [keep for keep in self.keeps if exact or not keep.needles]
         for place, keep in enumerate(keeps):
             earlier = (~one.rows for one in keeps[:place])
             stays = self._counts(connection, keep.rows, *earlier, measured=measured)
@@ -214,39 +209,6 @@ class RowSet:
         )
         return found
 
-    def lines(self, connection: sa.Connection, batch: Batch) -> sa.Select[Any]:
-        """The rows of a batch as lines, many at once: company, rows, bytes, first and last age, addresses, lines.
-
-        Every column of a row, known to us or not. The server puts the lines together: one by one they cost both
-        sides more than the JSON in them.
-        """
-        line = lines.archived(self.what.name, lines.json_columns(connection, self.what.name)).as_string()
-        company = sa.null() if self.what.company is None else self.what.company
-        found = (
-            sa.select(
-                company.label("company"),
-                self.what.age.label("age"),
-                CTID.label("address"),
-                self.size.label("size"),
-                sa.literal_column(line, sa.Text).label("line"),
-                sa.func.row_number().over().label("number"),
-            )
-            .where(self.rows(batch))
-            .subquery("found")
-        )
-        row = found.c
-        # A large row stands alone, or those together would have no bound.
-        part = sa.case((row.size > _LARGE, -row.number), else_=row.number // _TOGETHER)
-        return sa.select(
-            sa.cast(row.company, sa.Text),
-            sa.func.count(),
-            sa.func.sum(row.size),
-            sa.cast(sa.func.min(row.age), sa.Text),
-            sa.cast(sa.func.max(row.age), sa.Text),
-            sa.func.array_agg(row.address),
-            sa.func.string_agg(row.line, "\n"),
-        ).group_by(row.company, part)
-
     def delete(self, connection: sa.Connection, batch: Batch) -> Tally:
         """Delete the batch's rows; the tally has them per company."""
         sizes = batch.sizes
@@ -266,6 +228,11 @@ class RowSet:
         """The rows of a batch that go."""
         window = self.window(batch)
         return window if batch.exact else sa.and_(window, self.eligible)
+
+    def unread(self, batch: Batch) -> sa.ColumnElement[bool]:
+        """The rows of a batch that go as far as can be told without a look into their texts."""
+        kept = (keep.rows if keep.unread is None else keep.unread for keep in self.keeps)
+        return sa.and_(self.window(batch), self.old, *(~one for one in kept))
 
     def window(self, batch: Batch) -> sa.ColumnElement[bool]:
         """Where a batch's rows are; some that are there stay."""
@@ -303,12 +270,3 @@ def totals(connection: sa.Connection, table: str, changed: sa.CTE, *notes: sa.CT
         query = query.add_cte(note)
     rows = connection.execute(query)
     return Tally({(table, whose): Amount(number, int(size)) for whose, number, size in rows})
-
-
-def at(batch: Batch, addresses: Tids, sizes: Mapping[str | None, int]) -> Batch:
-    """The batch as exactly the rows at these addresses, with their bytes per company; good in the same snapshot."""
-    rows = (
-        sa.any_(sa.cast(sa.bindparam("addresses", addresses, sa.types.NULLTYPE, unique=True), sa.ARRAY(Tid())))
-        == CTID
-    )
-    return Batch(after=batch.after, window=rows, exhausted=batch.exhausted, exact=True, sizes=sizes)

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from tasks.prune_logs import PruneLogs
 from tests.conftest import Deployment
-from worker import audit, layouts
+from worker import audit, copies, layouts
 from worker.archive import ArchivedObject
 from worker.job import Batch, Tally
 from worker.means import Means
@@ -71,9 +71,9 @@ def test_a_large_row_is_not_put_together_with_others(released: Deployment) -> No
     with _means(released) as means:
         rows = JOB._expired(means)
         chunks = means.connection.execute(
-            rows.lines(means.connection, Batch(after={}, exhausted=True, window=sa.true()))
+            copies.query(rows, means.connection, Batch(after={}, exhausted=True, window=sa.true()))
         )
-        sizes = [(number, len(text)) for _, number, _, _, _, _, text in chunks]
+        sizes = [(number, len(text)) for _, number, _, _, _, _, text, _ in chunks]
     large = [number for number, length in sizes if length > 15_000 and number == 1]
     assert len(large) >= 1
     assert max(length / number for number, length in sizes if number > 1) < 5_000

@@ -18,14 +18,16 @@ from worker.errors import Refused
 class Keep:
     """Rows that stay although they are old. `rows` is a predicate that is never NULL.
 
-    `dear`: it looks into the text of every row, and is left out of a count that need not be exact.
+    `needles`: what it looks for in the text of every row; `unread` are the rows it holds back without that look. A
+    row of which no part has a needle is held back by `rows` only where it is by `unread`.
     """
 
     reason: str
     why: str
     rows: sa.ColumnElement[bool]
     reads: tuple[sa.Table, ...] = ()
-    dear: bool = False
+    needles: tuple[str, ...] = ()
+    unread: sa.ColumnElement[bool] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class Records:
     # Where a row names a user or a task by its id, and where it may mention one; asked for legal holds alone.
     users: tuple[sa.ColumnElement[Any], ...] = ()
     tasks: tuple[sa.ColumnElement[Any], ...] = ()
-    texts: tuple[sa.ColumnElement[Any], ...] = ()
+    texts: tuple[sa.Column[Any], ...] = ()
     # Further rows that belong to tasks, given their ids: those of the tasks' runs.
     of_tasks: Callable[[Sequence[str]], sa.ColumnElement[bool]] | None = None
 

@@ -1,0 +1,79 @@
+"""A batch's rows on their way out: put together as lines by the server, and known again by where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from worker import lines
+from worker.blocks import CTID
+from worker.db import Tid, Tids
+from worker.job import Batch
+
+if TYPE_CHECKING:
+    from worker.rowset import RowSet
+
+# So many lines are put together, but for rows of more bytes than this.
+_TOGETHER = 256
+_LARGE = 2_000
+
+
+def query(rows: RowSet, connection: sa.Connection, batch: Batch, *, unread: bool = False) -> sa.Select[Any]:
+    """A batch's rows as lines, many at once: company, rows, bytes, first and last age, addresses, lines, doubt.
+
+    Every column of a row, known to us or not. The server puts the lines together: one by one they cost both
+    sides more than the JSON in them. `unread`: no row is looked into on its own, and doubt says that among these
+    one may have what a keep looks for.
+    """
+    line = lines.archived(rows.what.name, lines.json_columns(connection, rows.what.name)).as_string()
+    company = sa.null() if rows.what.company is None else rows.what.company
+    found = (
+        sa.select(
+            company.label("company"),
+            rows.what.age.label("age"),
+            CTID.label("address"),
+            rows.size.label("size"),
+            sa.literal_column(line, sa.Text).label("line"),
+            sa.func.row_number().over().label("number"),
+        )
+        .where(rows.unread(batch) if unread else rows.rows(batch))
+        .subquery("found")
+    )
+    row = found.c
+    # A large row stands alone, or those together would have no bound.
+    part = sa.case((row.size > _LARGE, -row.number), else_=row.number // _TOGETHER)
+    together = sa.func.string_agg(row.line, "\n")
+    return sa.select(
+        sa.cast(row.company, sa.Text),
+        sa.func.count(),
+        sa.func.sum(row.size),
+        sa.cast(sa.func.min(row.age), sa.Text),
+        sa.cast(sa.func.max(row.age), sa.Text),
+        sa.func.array_agg(row.address),
+        together,
+        lines.has_any(together, [one for keep in rows.keeps for one in keep.needles]) if unread else sa.false(),
+    ).group_by(row.company, part)
+
+
+def readable(rows: RowSet, connection: sa.Connection) -> bool:
+    """Whether some keep looks into the rows' texts, and a look into their lines finds no less."""
+    texts = (one.name for one in rows.what.texts)
+    return any(keep.needles for keep in rows.keeps) and lines.readable(connection, rows.what.name, texts)
+
+
+def at(batch: Batch, addresses: Tids, sizes: Mapping[str | None, int]) -> Batch:
+    """The batch as exactly the rows at these addresses, with their bytes per company; good in the same snapshot."""
+    return Batch(after=batch.after, window=_placed(addresses), exhausted=batch.exhausted, exact=True, sizes=sizes)
+
+
+def among(batch: Batch, addresses: Tids) -> Batch:
+    """The rows of a batch that are at these addresses; which of them go is yet to be asked."""
+    return Batch(after=batch.after, window=_placed(addresses), exhausted=batch.exhausted)
+
+
+def _placed(addresses: Tids) -> sa.ColumnElement[bool]:
+    """The rows at these addresses."""
+    given = sa.bindparam("addresses", addresses, sa.types.NULLTYPE, unique=True)
+    return sa.any_(sa.cast(given, sa.ARRAY(Tid()))) == CTID
