@@ -62,11 +62,13 @@ class RowSet:
         where one scan that asks every keep of every row takes three times as long.
         """
         goes = self._counts(connection, measured=measured)
-        left = []
-        keeps = [keep for keep in self.keeps if exact or not keep.needles]
-        for place, keep in enumerate(keeps):
-            earlier = (~one.rows for one in keeps[:place])
+        left, earlier = [], list[sa.ColumnElement[bool]]()
+        for keep in self.keeps:
+            if keep.needles and not exact:
+                continue
             stays = self._counts(connection, keep.rows, *earlier, measured=measured)
+            if stays:
+                earlier.append(~keep.rows)
             for company, (rows, size, mixed) in stays.items():
                 left.append(Left(table=self.what.name, company=company, reason=keep.reason, rows=rows))
                 total = goes[company]
