@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from worker.job import Batch, Finding, Job, Plan, Right, Shard, Tally, Verdict, may_read
+from worker.job import Batch, Finding, Job, Plan, Right, Shard, Tally, Target, Verdict, may_read
 from worker.params import RunId, param, to_json
 
 if TYPE_CHECKING:
@@ -61,16 +61,22 @@ class RestoreLogs(Job):
         self._restore(means).foresee()
 
     def plan(self, means: Means) -> Plan:
-        restore = self._restore(means)
+        return self._plan(means, self._restore(means).targets())
+
+    def outline(self, means: Means) -> Plan:
+        # What is there already was looked for before the run was entered, and is again in each bite.
+        return self._plan(means, self._restore(means).archived())
+
+    def _plan(self, means: Means, targets: tuple[Target, ...]) -> Plan:
         return Plan(
             job=self.name,
             params=to_json(self),
             layout=means.layout.name,
             now=means.now,
-            targets=restore.targets(),
+            targets=targets,
             left=(),
             notes=(
-                f"rows come back into {restore.log.name}",
+                f"rows come back into {self._restore(means).log.name}",
                 "the next prune-logs takes them again, unless a policy or a legal hold keeps them",
             ),
         )

@@ -100,6 +100,16 @@ class Restore:
             if rows
         )
 
+    def archived(self) -> tuple[Target, ...]:
+        """The rows of the archive, in the table or not, per company."""
+        name, found = self.log.name, dict[str | None, int]()
+        for one in self.objects:
+            found[one.company] = found.get(one.company, 0) + one.rows
+        return tuple(
+            Target(table=name, company=company, rows=rows, bytes=0, digest="")
+            for company, rows in sorted(found.items(), key=lambda item: item[0] or "")
+        )
+
     def shards(self) -> Iterator[Shard]:
         """One an object."""
         for one in self.objects:

@@ -68,7 +68,7 @@ COMMITS: dict[str, Step] = {
 RESTORE: dict[str, Step] = {
     f"restore, {step}": where
     for step, where in {
-        "after plan": (RestoreLogs, "plan", 1, AFTER),
+        "after plan": (RestoreLogs, "outline", 1, AFTER),
         "after claim": (RestoreLogs, "claim", 3, AFTER),
         "after apply": (RestoreLogs, "apply", 3, AFTER),
         "before commit of a bite": (RestoreLogs, "apply", 3, UNCOMMITTED),

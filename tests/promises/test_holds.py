@@ -103,13 +103,17 @@ def _kept_anyway(free: Any, deployment: Deployment) -> int:
     return int(before - after)
 
 
-def test_a_mention_anywhere_in_the_details_is_enough(released: Deployment) -> None:
-    user = "Wq3_x%9"
+def _user(released: Deployment, user: str) -> None:
     released.query(
         'INSERT INTO "user" (id, name, email, email_verified, created_at, updated_at) VALUES '
         "(%s, 'x', 'x@x.example', true, now(), now())",
         user,
     )
+
+
+def test_a_mention_anywhere_in_the_details_is_enough(released: Deployment) -> None:
+    user = "Wq3_x%9"
+    _user(released, user)
     row = _one(
         released,
         "UPDATE activity_log SET details = jsonb_build_object('deep', jsonb_build_array(jsonb_build_object('u', "
@@ -134,11 +138,7 @@ def test_a_mention_anywhere_in_the_details_is_enough(released: Deployment) -> No
 def test_a_mention_is_found_in_text_that_json_writes_otherwise(released: Deployment) -> None:
     """Rows are first looked into as lines of JSON, many at once."""
     user = 'q"uo\\te'
-    released.query(
-        'INSERT INTO "user" (id, name, email, email_verified, created_at, updated_at) VALUES '
-        "(%s, 'x', 'x@x.example', true, now(), now())",
-        user,
-    )
+    _user(released, user)
     row = _one(
         released,
         "UPDATE plugin_logs SET message = 'for ' || %s || ', again' WHERE id = (SELECT id FROM plugin_logs "
