@@ -10,7 +10,7 @@ installed is exactly .ci/requirements.lock, by hash. Exits 2 when the machine la
 """
 
 # Standard library only, and syntax of Python 3.8, so that an old interpreter can still say what it lacks.
-# ruff: noqa: S603
+# ruff: noqa: S603 - it runs installers and our own tools, with words of its own
 
 from __future__ import annotations
 

@@ -203,16 +203,18 @@ def copy_statement(connection: sa.Connection, query: sa.Select[Any]) -> tuple[by
 
     The delimiter and quote are control characters, which JSON text cannot contain unescaped.
     """
+    return _copy(connection, query, "FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01'")
+
+
+def _copy(connection: sa.Connection, query: sa.Select[Any], form: str) -> tuple[bytes, dict[str, Any]]:
     compiled = query.compile(dialect=connection.dialect, compile_kwargs={"render_postcompile": True})
-    statement = f"COPY ({compiled}) TO STDOUT WITH (FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01')"
-    return statement.encode(), dict(compiled.params)
+    return f"COPY ({compiled}) TO STDOUT WITH ({form})".encode(), dict(compiled.params)
 
 
 def copy_rows(connection: sa.Connection, query: sa.Select[Any]) -> Iterator[tuple[Any, ...]]:
     """Stream a query's rows, each value as the bytes of its binary form or None; nothing is escaped or parsed."""
-    compiled = query.compile(dialect=connection.dialect, compile_kwargs={"render_postcompile": True})
-    statement = f"COPY ({compiled}) TO STDOUT WITH (FORMAT binary)".encode()
-    with driver(connection).cursor() as cursor, cursor.copy(statement, dict(compiled.params)) as copy:
+    statement, parameters = _copy(connection, query, "FORMAT binary")
+    with driver(connection).cursor() as cursor, cursor.copy(statement, parameters) as copy:
         copy.set_types(["bytea"] * len(query.selected_columns))
         yield from copy.rows()
 

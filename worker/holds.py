@@ -108,8 +108,11 @@ def _any(terms: list[sa.ColumnElement[bool]]) -> sa.ColumnElement[bool]:
     return sa.func.coalesce(sa.or_(*terms), sa.false())
 
 
-def _keep(rows: sa.ColumnElement[bool], **look: Any) -> Keep:
-    return Keep(reason="legal_hold", why="a legal hold is in force; see `holds list`", rows=rows, **look)
+def _keep(
+    rows: sa.ColumnElement[bool], *, needles: tuple[str, ...] = (), unread: sa.ColumnElement[bool] | None = None
+) -> Keep:
+    why = "a legal hold is in force; see `holds list`"
+    return Keep(reason="legal_hold", why=why, rows=rows, needles=needles, unread=unread)
 
 
 def in_force(connection: sa.Connection) -> Holds:

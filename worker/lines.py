@@ -92,14 +92,17 @@ def archived(table: str, columns: Mapping[str, str]) -> sql.Composable:
         line = sql.SQL("translate({}, E'\\r\\n', '  ')").format(line)
     if not columns:
         return line
-    return sql.SQL(
-        "CASE WHEN {any} THEN left({line}, -1) || {mark} || substr({nulls}, 2) || ']}}' ELSE {line} END"
-    ).format(
+    return sql.SQL("CASE WHEN {any} THEN {marked} ELSE {line} END").format(
         any=sql.SQL(" OR ").join(_null(table, name, kind) for name, kind in columns.items()),
+        marked=_marked(line, nulls(table, columns)),
         line=line,
-        mark=sql.Literal(f',"{JSON_NULLS}":['),
-        nulls=nulls(table, columns),
     )
+
+
+def _marked(line: sql.Composable, names: sql.Composable) -> sql.Composable:
+    """A line with one more field, the last: `names` as `nulls` gives them."""
+    mark = sql.Literal(f',"{JSON_NULLS}":[')
+    return sql.SQL("left({}, -1) || {} || substr({}, 2) || ']}}'").format(line, mark, names)
 
 
 def _null(table: str, column: str, kind: str) -> sql.Composable:
@@ -131,11 +134,11 @@ def line_of(table: str, names: Iterable[str], json_columns: Mapping[str, str]) -
     names = list(names)
     of_json = {name: kind for name, kind in json_columns.items() if name in names}
     query = (
-        "(SELECT CASE WHEN n IS NULL THEN j ELSE left(j, -1) || {mark} || substr(n, 2) || ']}}' END "
+        "(SELECT CASE WHEN n IS NULL THEN j ELSE {marked} END "
         "FROM (SELECT row_to_json(archived)::text AS j, {nulls} AS n FROM (SELECT {row}) AS archived) AS lined)"
     )
     return sql.SQL(query).format(
-        mark=sql.Literal(f',"{JSON_NULLS}":['),
+        marked=_marked(sql.SQL("j"), sql.SQL("n")),
         nulls=nulls("archived", of_json),
         row=sql.SQL(", ").join(sql.Identifier(table, name) for name in names),
     )

@@ -93,21 +93,21 @@ class Restore:
                 for key in absent:
                     mixed ^= int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
             found[one.company] = (rows, size, mixed)
-        name = self.log.name
-        return tuple(
-            Target(table=name, company=company, rows=rows, bytes=size, digest=f"{mixed:016x}")
-            for company, (rows, size, mixed) in sorted(found.items(), key=lambda item: item[0] or "")
-            if rows
-        )
+        return self._per_company(found)
 
     def archived(self) -> tuple[Target, ...]:
         """The rows of the archive, in the table or not, per company."""
-        name, found = self.log.name, dict[str | None, int]()
+        found: dict[str | None, tuple[int, int, int]] = {}
         for one in self.objects:
-            found[one.company] = found.get(one.company, 0) + one.rows
+            found[one.company] = (found.get(one.company, (0,))[0] + one.rows, 0, 0)
+        return self._per_company(found)
+
+    def _per_company(self, found: Mapping[str | None, tuple[int, int, int]]) -> tuple[Target, ...]:
+        """Of each company: rows, bytes, digest."""
         return tuple(
-            Target(table=name, company=company, rows=rows, bytes=0, digest="")
-            for company, rows in sorted(found.items(), key=lambda item: item[0] or "")
+            Target(table=self.log.name, company=company, rows=rows, bytes=size, digest=f"{mixed:016x}")
+            for company, (rows, size, mixed) in sorted(found.items(), key=lambda item: item[0] or "")
+            if rows
         )
 
     def shards(self) -> Iterator[Shard]:

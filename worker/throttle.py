@@ -49,10 +49,12 @@ class Throttle:
         """Learn from a bite that asked for so many rows, held its locks for so long and copied out so many bytes.
 
         At most doubled or halved at once, so one odd bite does not throw the size off; but rows that are large are
-        large, so what was copied counts in full.
+        large, so what was copied counts in full, down to a single row.
         """
-        factor = min(2.0, max(0.5, self._target / max(seconds, 1e-6)), _MOST_COPIED / max(copied, 1))
-        self._rows = min(self._most, max(_LEAST_ROWS, round(asked * factor)))
+        factor = min(2.0, max(0.5, self._target / max(seconds, 1e-6)))
+        by_time = max(_LEAST_ROWS, round(asked * factor))
+        by_size = max(1, round(asked * _MOST_COPIED / max(copied, 1)))
+        self._rows = min(self._most, by_time, by_size)
 
     def shrink(self) -> None:
         """Take half as much after a conflict."""

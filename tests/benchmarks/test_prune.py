@@ -22,6 +22,11 @@ from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(3600)]
 
+# The rows that go, from FROM on.
+_GOING = bench.GIANT.split("RETURNING")[0].split("DELETE")[1]
+# About as many rows as a bite has.
+_BLOCKS = 500
+
 
 def _prune(environment: dict[str, str], *words: str, worker: bool) -> tuple[int, float]:
     return run_job(environment, "prune-logs", "--older-than", bench.EXPIRED, *words, worker=worker)
@@ -64,8 +69,7 @@ def test_without_archive(large: Bench, capsys: Any) -> None:
 
 def _copy_through_zstd(environment: dict[str, str]) -> float:
     """Rows/s of streaming the same rows out with plain COPY (SELECT row_to_json...) through zstd-3."""
-    query = bench.GIANT.split("RETURNING")[0].split("DELETE")[1]
-    statement = f"COPY (SELECT row_to_json(a) {query}) TO STDOUT"
+    statement = f"COPY (SELECT row_to_json(a) {_GOING}) TO STDOUT"
     compressor = zstandard.ZstdCompressor(level=3).compressobj()
     began, rows = time.perf_counter(), 0
     with psycopg.connect(environment["DATABASE_URL"]) as connection, connection.cursor().copy(statement) as copy:
@@ -95,11 +99,11 @@ def _naive(environment: dict[str, str]) -> float:
 
 def _part(url: str, first: int, end: int, done: SimpleQueue[int]) -> None:
     """Copy out and delete the same rows, some hundred blocks at a time, and nothing else."""
-    going, rows = bench.GIANT.split("RETURNING")[0].split("DELETE")[1], 0
+    rows = 0
     with psycopg.connect(url, prepare_threshold=None) as connection:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         for block in range(first, end, _BLOCKS):
-            window = f"{going} AND a.ctid >= '({block},0)' AND a.ctid < '({min(block + _BLOCKS, end)},0)'"
+            window = f"{_GOING} AND a.ctid >= '({block},0)' AND a.ctid < '({min(block + _BLOCKS, end)},0)'"
             compressor = zstandard.ZstdCompressor(level=1).compressobj()
             statement = f"COPY (SELECT row_to_json(a) {window}) TO STDOUT WITH (FORMAT binary)"
             with connection.cursor().copy(statement.encode()) as copy:
@@ -108,10 +112,6 @@ def _part(url: str, first: int, end: int, done: SimpleQueue[int]) -> None:
             rows += connection.execute(f"DELETE {window}".encode()).rowcount
             connection.commit()
     done.put(rows)
-
-
-# About as many rows as a bite has.
-_BLOCKS = 500
 
 
 def _floor(environment: dict[str, str]) -> float:

@@ -223,6 +223,10 @@ def test_rows_that_are_large_are_few_at_once() -> None:
     throttle = Throttle(config.load({}))
     throttle.observe(asked=1000, seconds=0.001, copied=640 << 20)
     assert throttle.rows(contended=False) == 100
+    throttle.observe(asked=100, seconds=0.001, copied=6400 << 20)
+    assert throttle.rows(contended=False) == 1
+    throttle.observe(asked=1, seconds=0.001, copied=200)
+    assert throttle.rows(contended=False) == 100
 
 
 def test_a_settled_promise_never_moves_and_every_state_can_be_reached() -> None:
