@@ -51,9 +51,12 @@ def test_what_comes_after_the_last_bite_is_seen_and_swept(vault: Vault) -> None:
 def test_a_row_that_no_longer_opens_after_its_bite_breaks_the_promise(vault: Vault) -> None:
     run = steps.start(vault, generate=True)
     _work_until(vault, run, "bool_and(done)")
+    # One of ours: two rows in 42 are other schemes' values, which no rotation opens.
+    ours = next(row for table, row in vault.held if table == "company_secret_versions")
     vault.deployment.query(
         "UPDATE company_secret_versions SET material = jsonb_set(material, '{tag}', '\"AAAAAAAAAAAAAAAAAAAAAA==\"') "
-        "WHERE id = (SELECT id FROM company_secret_versions ORDER BY id LIMIT 1)"
+        "WHERE id = %s",
+        ours,
     )
     result = steps.work(vault, run)
     assert result["state"] == "unkept"
