@@ -122,6 +122,22 @@ def test_the_guide_keeps_what_was_updated_since(
     assert not board.hidden(opened)
 
 
+def test_where_the_guides_column_may_be_null_such_a_task_goes_and_comes_back_as_not_archived(
+    make_deployment: Callable[..., Deployment], fresh_database: Callable[..., str], template: Callable[[str], str]
+) -> None:
+    board = Board(deployment=make_deployment(fresh_database(template("guide")), "guide"))
+    board.sql("ALTER TABLE tasks ALTER archived DROP NOT NULL")
+    task, archived = board.tasks(2)
+    board.sql("UPDATE tasks SET archived = NULL WHERE id = %(task)s", task=task)
+    board.sql("UPDATE tasks SET archived = true WHERE id = %(task)s", task=archived)
+    result = board.archive()
+    assert (result["kept"], result["rows"]) == (True, 1)
+    assert board.hidden(task)
+    assert board.undo(result)["rows"] == 1
+    assert board.sql("SELECT archived FROM tasks WHERE id = %(task)s", task=task) == [(False,)]
+    assert board.hidden(archived)
+
+
 # -- races --------------------------------------------------------------------------------------------
 
 
