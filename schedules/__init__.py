@@ -16,16 +16,20 @@ from worker.job import Job
 
 @dataclass(frozen=True)
 class Entry:
-    """A five-field crontab (minute hour day-of-month month day-of-week) and the job it starts."""
+    """A five-field crontab (minute hour day-of-month month day-of-week) and the job it starts.
+
+    `layout`: the one it is for, where it is not for each; on another it is off.
+    """
 
     crontab: str
     job: Job
     enabled: bool = True
+    layout: str | None = None
 
 
 SCHEDULE: Mapping[str, Entry] = {
     "prune-activity-log": Entry("15 3 * * *", PruneLogs()),
-    "prune-run-events": Entry("45 3 * * *", PruneLogs(table="heartbeat_run_events")),
+    "prune-run-events": Entry("45 3 * * *", PruneLogs(table="heartbeat_run_events"), layout="paperclip"),
     "archive-tasks": Entry("15 4 * * *", ArchiveTasks()),
     "retire-master-key": Entry("15 5 * * *", RetireMasterKey()),
 }

@@ -212,13 +212,13 @@ def beat_schedule(settings: Settings, times: Timetable) -> dict[str, Any]:
 def run_worker(settings: Settings, *, concurrency: int) -> None:
     """Run a worker in this process until it is told to stop; SIGTERM lets the bites in flight finish."""
     logs.configure()
-    times = timetable.load(settings)
     operations = Operations(settings)
     # Its news of every client is noise beside ours.
     logging.getLogger("botocore").setLevel(logging.WARNING)
     # Refuse at start what would fail every message: key, database, ledger.
     try:
         operations.check_ready()
+        times = timetable.of(operations)
     finally:
         # The pool forks: a connection made here must not be shared with its children.
         operations.close()
@@ -235,10 +235,10 @@ def run_worker(settings: Settings, *, concurrency: int) -> None:
 def run_beat(settings: Settings) -> None:
     """Run beat in this process until it is told to stop."""
     logs.configure()
-    times = timetable.load(settings)
     operations = Operations(settings)
     try:
         operations.check_ready()
+        times = timetable.of(operations)
         with suppress(Contended), operations.transaction() as connection:
             # Contended: another beat that starts at this moment notes the same.
             standing.note(connection, times)

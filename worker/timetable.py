@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,12 +19,14 @@ from pydantic import BaseModel, ValidationError
 
 import schedules
 from schedules import Entry
-from worker import params, registry
+from worker import layouts, params, registry
 from worker.errors import Refused, SettingsError
 
 if TYPE_CHECKING:
     from worker.config import Settings
     from worker.job import Job
+    from worker.layouts.model import Layout
+    from worker.operations import Operations
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -54,6 +56,14 @@ class Timetable:
     def enabled(self) -> Mapping[str, Entry]:
         """The entries that beat starts."""
         return {name: entry for name, entry in self.entries.items() if entry.enabled}
+
+    def on(self, layout: Layout) -> Timetable:
+        """The same, with the entries off that are for another layout."""
+        entries = {
+            name: entry if entry.layout in {None, layout.name} else replace(entry, enabled=False)
+            for name, entry in self.entries.items()
+        }
+        return replace(self, entries=entries)
 
     def entry(self, name: str) -> Entry:
         """The entry beat has called for. Refused when this process's schedule does not start it."""
@@ -106,6 +116,13 @@ def load(settings: Settings) -> Timetable:
     return Timetable(timezone=settings.timezone, entries=entries)
 
 
+def of(deployment: Operations) -> Timetable:
+    """The schedule of this deployment, as its settings and its layout have it. Raises as `load` and SchemaError."""
+    times = load(deployment.settings)
+    with deployment.transaction(read_only=True) as connection:
+        return times.on(layouts.detect(connection))
+
+
 class _Override(BaseModel, extra="forbid", strict=True):
     """An entry as the file writes it; what it leaves out stays as it is."""
 
@@ -155,7 +172,9 @@ class _Reader:
         enabled = self._override.enabled
         if enabled is None:
             enabled = self._known.enabled if self._known else True
-        return Entry(crontab, job, enabled)
+        # What an operator gives parameters is the operator's, whatever layout it was for before.
+        layout = self._known.layout if self._known and not self._override.params else None
+        return Entry(crontab, job, enabled, layout)
 
     def _crontab(self) -> str | None:
         text = self._override.crontab

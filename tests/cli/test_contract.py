@@ -453,11 +453,8 @@ def test_the_printed_grants_are_enough_and_no_more(deployment: Deployment, tmp_p
     deployment.cli("runs", "stop", run, env=least)
     deployment.cli("runs", "resume", run, "--inline", env=least)
     deployment.cli("db", "check", env=least)
-    off = {"PAPERCLIP_WORKER_SCHEDULE_FILE": str(tmp_path / "schedule.toml")}
-    # The guide's layout has no such log.
-    Path(off["PAPERCLIP_WORKER_SCHEDULE_FILE"]).write_text("[entry.prune-run-events]\nenabled = false\n")
     deployment.cli("schedule", "list", env=least)
-    deployment.cli("metrics", "--measure", env=least | off)
+    deployment.cli("metrics", "--measure", env=least)
     times = timetable.load(deployment.operations.settings)
     humble = Operations(config.load({**deployment.environment, **least}))
     deployment.opened.append(humble)

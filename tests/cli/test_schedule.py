@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -164,6 +164,30 @@ def test_the_file_of_the_deployment_is_shown(released: Deployment, tmp_path: Pat
     assert {one["timezone"] for one in found.values()} == {"Asia/Kolkata"}
 
 
+def test_an_entry_for_another_layout_is_off(
+    make_deployment: Callable[..., Deployment],
+    fresh_database: Callable[..., str],
+    template: Callable[[str], str],
+    tmp_path: Path,
+) -> None:
+    """Every night it would be refused, and counted as missed."""
+    guide = make_deployment(fresh_database(template("guide")), "guide")
+    _age(guide, 3 * DAY)
+    found = {one["entry"]: one for one in guide.json("schedule", "list")["schedule"]}
+    assert [name for name, one in found.items() if not one["enabled"]] == [EVENTS]
+    assert (found[EVENTS]["next"], found[EVENTS]["missed"]) == (None, 0)
+    assert found[ACTIVITY]["missed"] == 3
+    with guide.worker("beat"):
+        wait(lambda: guide.query("SELECT count(*) > 0 FROM paperclip_worker.entries")[0][0])
+    noted = {name for (name,) in guide.query("SELECT entry FROM paperclip_worker.entries")}
+    assert noted == {name for name, one in found.items() if one["enabled"]}
+    # With parameters of the operator's it is the operator's entry.
+    file = tmp_path / "schedule.toml"
+    file.write_text(f'[entry.{EVENTS}.params]\ntable = "activity_log"\n')
+    own = _entries(guide, PAPERCLIP_WORKER_SCHEDULE_FILE=str(file))
+    assert own[EVENTS]["enabled"] == "yes"
+
+
 def test_without_a_database_what_can_be_shown_is(released: Deployment) -> None:
     found = _entries(released, DATABASE_URL="", PAPERCLIP_WORKER_BROKER_URL="")
     assert set(found) == set(schedules.SCHEDULE)
@@ -290,12 +314,8 @@ def test_a_worker_serves_what_the_ledger_and_the_measurement_say(released: Deplo
         assert _scrape(url) == {("paperclip_worker_ledger_up", frozenset()): 0}
 
 
-def test_measuring_the_backlog_from_the_command_line(deployment: Deployment, tmp_path: Path) -> None:
+def test_measuring_the_backlog_from_the_command_line(deployment: Deployment) -> None:
     log = "activity_log"
-    file = tmp_path / "schedule.toml"
-    # The guide's layout has no such log.
-    file.write_text(f"[entry.{EVENTS}]\nenabled = false\n")
-    deployment.environment["PAPERCLIP_WORKER_SCHEDULE_FILE"] = str(file)
     before = deployment.digest()
     assert "paperclip_worker_backlog_rows" not in _names(_parse(deployment.cli("metrics").stdout))
     planned = deployment.json("plan", "prune-logs")

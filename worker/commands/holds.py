@@ -119,4 +119,4 @@ def release(*, hold: str, reason: str, yes: bool, actor: str | None, as_json: bo
 def _scheduled(deployment: Operations) -> list[Job]:
     from worker import timetable
 
-    return [entry.job for entry in timetable.load(deployment.settings).enabled.values()]
+    return [entry.job for entry in timetable.of(deployment).enabled.values()]

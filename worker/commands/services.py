@@ -52,14 +52,14 @@ def list_schedule(as_json: bool) -> None:
     """
     from datetime import UTC, datetime
 
-    from worker import ledger, standing, timetable
+    from worker import layouts, ledger, standing, timetable
 
     settings, now = common.settings(), datetime.now(UTC)
     times = timetable.load(settings)
     if settings.database_url is not None:
         with common.operations().transaction(read_only=True) as connection:
             ledger.require(connection)
-            found = standing.standings(connection, times, now=now)
+            found = standing.standings(connection, times.on(layouts.detect(connection)), now=now)
     else:
         found = standing.planned(times, now=now)
     rows = [one.to_json() for one in found]
@@ -92,7 +92,7 @@ def metrics(measure: bool, as_json: bool) -> int:
     from worker import metrics as exposition
 
     deployment = common.operations()
-    times = timetable.load(deployment.settings)
+    times = timetable.of(deployment)
     faults = backlog.measure(deployment, times) if measure else {}
     collector = exposition.LedgerCollector(deployment, times)
     if as_json:
