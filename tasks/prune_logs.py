@@ -95,6 +95,11 @@ class PruneLogs(Job):
             raise Refused(f"--company: the rows of {self.table} belong to no company")
         if self.keep_security and log.security is None:
             raise Refused(f"--keep-security: {self.table} does not say which rows are security events")
+        if means.run is not None:
+            means.require_no_restore(self.table)
+
+    def admit(self, means: Means) -> None:
+        means.require_no_restore(self.table)
 
     def plan(self, means: Means) -> Plan:
         return self._plan(means, exact=True)

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from worker import archive, copies, holds, ledger_shards, retention, slices
 from worker.errors import Refused
-from worker.restore import Restore
+from worker.restore import Restore, require_none
 from worker.retirement import Retiring
 from worker.rotation import Rotating
 from worker.rowset import RowSet
@@ -118,6 +118,10 @@ class Means:
     def restore(self, run: UUID | None, companies: tuple[UUID, ...]) -> Restore:
         """What can be done to put a run's archive back."""
         return Restore(self, run, companies)
+
+    def require_no_restore(self, table: str) -> None:
+        """Raise UnderWay while archived rows of a table are being put back: they would be taken again at once."""
+        require_none(self.connection, table)
 
     def shards(self, rows: RowSet, plan: Plan, *, archive: bool = False) -> Iterator[Shard]:
         """The rows of a plan laid out as shards; `archive` where they are copied out as well."""

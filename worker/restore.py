@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 _SHOWN = 3
 
 
+def require_none(connection: sa.Connection, table: str) -> None:
+    """Raise UnderWay, naming the run, while archived rows of a table are being put back."""
+    runs, pruned = ledger.RUNS.alias("runs"), ledger.RUNS.alias("pruned")
+    whose = sa.cast(pruned.c.id, sa.Text) == runs.c.params["run"].astext
+    query = sa.select(runs.c.id).join_from(runs, pruned, whose)
+    query = query.where(pruned.c.params["table"].astext == table, runs.c.state.in_(ACTIVE))
+    if (busy := connection.scalar(query.limit(1))) is not None:
+        raise UnderWay(f"rows of {table} are being put back by run {busy}; stop it, or wait for its end")
+
+
 class Restore:
     """What a step can do to put the archive of one run back."""
 

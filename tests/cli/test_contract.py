@@ -432,7 +432,7 @@ def test_db_check_finds_nothing_wrong_and_then_what_is(deployment: Deployment) -
     assert "missing\tagents.name" in done.stdout
 
 
-def test_the_printed_grants_are_enough_and_no_more(deployment: Deployment, tmp_path: Path) -> None:
+def test_the_printed_grants_are_enough_and_no_more(deployment: Deployment) -> None:
     role = f"worker of {deployment.environment['DATABASE_URL'].rpartition('/')[2]}"
     url = urlsplit(deployment.environment["DATABASE_URL"])
     deployment.query(f"CREATE ROLE \"{role}\" LOGIN PASSWORD 'pw'")

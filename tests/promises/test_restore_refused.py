@@ -13,10 +13,10 @@ import zstandard
 from tasks.archive_tasks import ArchiveTasks
 from tasks.prune_logs import PruneLogs
 from tasks.restore_logs import RestoreLogs
-from tests.cli.helpers import keys, refused, world
+from tests.cli.helpers import INLINE, keys, refused, world
 from tests.conftest import Deployment
 from tests.promises.archived import complete, content, objects_of, prune, restore, store_of
-from worker.errors import Refused
+from worker.errors import Refused, UnderWay
 from worker.params import RunId
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
@@ -270,14 +270,34 @@ def test_while_rows_of_the_table_are_being_pruned(released: Deployment) -> None:
     assert restore(released, logs)["rows"] > 0
 
 
-def test_a_prune_that_starts_between_entry_and_work(released: Deployment) -> None:
+def test_while_rows_are_put_back_their_table_is_not_pruned(released: Deployment) -> None:
+    """What comes back is as old as it was: a prune beside it would take it again, and neither keep its promise."""
     pruned = prune(released)
+    stopped = released.operations.start(PruneLogs(), actor="tester", via="test")
+    released.operations.stop(str(stopped))
+    run = released.operations.start(RestoreLogs(run=pruned), actor="tester", via="test")
+    before = (world(released), keys(released))
+    says = f"rows of activity_log are being put back by run {run}"
+    refused(released, *INLINE, says=says, status=3)
+    refused(released, "runs", "resume", str(stopped), "--inline", says=says, status=3)
+    assert (world(released), keys(released)) == before
+    # To look is no harm, and other logs are nobody's business.
+    assert released.json("plan", "prune-logs")["job"] == "prune-logs"
+    assert prune(released, "plugin_logs")
+
+
+def test_a_prune_that_is_entered_in_the_same_instant(released: Deployment) -> None:
+    pruned = prune(released)
+    other = released.operations.start(PruneLogs(), actor="tester", via="test")
+    released.operations.stop(str(other))
     run = released.operations.start(RestoreLogs(run=pruned), actor="tester", via="test")
     before = content(released, "activity_log")
-    released.operations.start(PruneLogs(), actor="tester", via="test")
-    with pytest.raises(Exception, match="is being pruned by run"):
-        released.operations.runner().work(run, seconds=math.inf)
-    assert content(released, "activity_log") == before
+    released.query("UPDATE paperclip_worker.runs SET state = 'queued' WHERE id = %s", other)
+    for one, says in ((run, "is being pruned by run"), (other, "are being put back by run")):
+        with pytest.raises(UnderWay, match=says):
+            released.operations.runner().work(one, seconds=math.inf)
+        assert content(released, "activity_log") == before
+        released.query("UPDATE paperclip_worker.runs SET state = 'queued' WHERE id = %s", run)
 
 
 def test_an_unfinished_prune_can_be_put_back(released: Deployment) -> None:
