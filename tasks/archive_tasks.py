@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from worker.errors import Refused
-from worker.job import Batch, Finding, Job, Overdue, Plan, Right, Shard, Tally, Verdict, may_read
+from worker.job import Batch, Finding, Job, Overdue, Right, Shard, Verdict, may_read
 from worker.params import RunId, param, to_json
+from worker.plans import Plan, Tally
 
 if TYPE_CHECKING:
     import sqlalchemy as sa

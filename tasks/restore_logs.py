@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from worker.job import Batch, Finding, Job, Plan, Right, Shard, Tally, Target, Verdict, may_read
+from worker.job import Batch, Finding, Job, Right, Shard, Verdict, may_read
 from worker.params import RunId, param, to_json
+from worker.plans import Plan, Tally, Target
 
 if TYPE_CHECKING:
     import sqlalchemy as sa

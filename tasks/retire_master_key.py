@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from tasks.rotate_master_key import RotateMasterKey
-from worker.job import Batch, Job, Overdue, Plan, Right, Shard, Tally, Target, Verdict
+from worker.job import Batch, Job, Overdue, Right, Shard, Verdict
 from worker.params import param, to_json
+from worker.plans import Plan, Tally, Target
 
 if TYPE_CHECKING:
     import sqlalchemy as sa

@@ -9,8 +9,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from worker.errors import Refused, Waits
-from worker.job import Batch, Job, Plan, Right, Shard, Tally, Verdict
+from worker.job import Batch, Job, Right, Shard, Verdict
 from worker.params import RunId, param, to_json
+from worker.plans import Plan, Tally
 
 if TYPE_CHECKING:
     import sqlalchemy as sa

@@ -20,11 +20,13 @@ import zstandard
 
 from worker import canonical, db
 from worker.db import Tids
-from worker.errors import ArchiveTampered, Refused, StorageFault
+from worker.errors import ArchiveTampered, Refused, StorageFault, WorkerError
 from worker.storage import Missing, Store, read_digest
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
+
+    from worker.plans import Place, Tally
 
 # Levels 1 and 3 pack JSON lines to the same size, and 1 takes two thirds of the time (performance.md).
 _LEVEL = 1
@@ -185,6 +187,15 @@ def require_intact(store: Store, objects: list[ArchivedObject]) -> None:
             f"archive object {damaged[0]} is missing or has other bytes than were written"
             + (f", and so have {len(damaged) - 1} more" if len(damaged) > 1 else "")
         )
+
+
+def require_exact(objects: Sequence[ArchivedObject], tally: Tally) -> None:
+    """Raise WorkerError unless the objects of a bite, if it has any, hold just the rows that it deleted."""
+    kept: dict[Place, int] = {}
+    for one in objects:
+        kept[one.table, one.company] = kept.get((one.table, one.company), 0) + one.rows
+    if objects and kept != {place: amount.rows for place, amount in tally.done.items() if amount.rows}:
+        raise WorkerError("the archive does not hold exactly the rows that were to be deleted; nothing was deleted")
 
 
 def write_manifest(store: Store, key: str, facts: dict[str, Any], objects: list[ArchivedObject]) -> str:

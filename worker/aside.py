@@ -19,8 +19,8 @@ from worker import db
 from worker.blocks import CTID
 from worker.ciphertext import VERSION, Ciphertext, of, xid
 from worker.db import Tid, Xid
-from worker.job import Amount, Tally
 from worker.ledger import SCHEMA
+from worker.plans import Amount, Tally
 from worker.reseal import Census
 
 if TYPE_CHECKING:

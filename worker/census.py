@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from worker.ciphertext import carried
-from worker.job import Left, Place, Target
+from worker.plans import Left, Place, Target
 from worker.reseal import Census
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from worker import blocks, db
 from worker.blocks import CTID
 from worker.db import Xid, Xid8
-from worker.job import Target
+from worker.plans import Target
 
 if TYPE_CHECKING:
     from worker.layouts.model import Carrier, Layout

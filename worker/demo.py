@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from worker.embedded import Embedded
-    from worker.job import Plan
+    from worker.plans import Plan
 
 COMPANIES = 3
 DAYS = 200

@@ -20,7 +20,7 @@ from worker.ledger_schema import OBJECTS, RUNS, SCHEMA, SHARDS, VERSION, init, r
 from worker.states import ACTIVE, STEPS, State
 
 if TYPE_CHECKING:
-    from worker.job import Plan
+    from worker.plans import Plan
 
 # The one door to the ledger for everybody else, its schema included.
 __all__ = ["OBJECTS", "RUNS", "SCHEMA", "SHARDS", "VERSION", "init", "require"]

@@ -10,8 +10,9 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from worker.archive import ArchivedObject
-from worker.job import Shard, Tally
+from worker.job import Shard
 from worker.ledger_schema import BITES, OBJECTS, RUNS, SHARDS
+from worker.plans import Tally
 from worker.states import State
 
 if TYPE_CHECKING:

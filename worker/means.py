@@ -12,7 +12,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import archive, copies, holds, ledger_shards, retention, slices
+from worker import archive, copies, holds, layouts, ledger_shards, retention, slices
 from worker.errors import Refused
 from worker.restore import Restore, require_none
 from worker.retirement import Retiring
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from worker.archive import ArchivedObject
     from worker.config import Settings
     from worker.holds import Holds
-    from worker.job import Batch, Job, Plan, Shard
+    from worker.job import Batch, Job, Shard
     from worker.layouts.model import Keep, Layout, Records
+    from worker.plans import Plan
     from worker.retention import Cutoffs, Policy
     from worker.storage import Store
 
@@ -169,6 +170,14 @@ class Means:
             "sha256": sha256,
             "leftovers": stayed,
         }
+
+    def require_fit(self, job: Job) -> None:
+        """Raise Refused or SchemaError when the live database is not one this job can work on."""
+        live = layouts.detect(self.connection)
+        if live is not self.layout:
+            raise Refused(f"the run was made for the {self.layout.name} layout, and the database has {live.name}")
+        layouts.require(self.connection, job.needs(live), what=job.name)
+        job.check(self)
 
     def require_companies(self, companies: Sequence[UUID]) -> None:
         """Raise Refused for a company that is not in this deployment, and when there is none at all."""

@@ -13,11 +13,13 @@ import sqlalchemy as sa
 
 from worker import anchors, archive, audit, db, layouts, ledger, ledger_shards, params, registry
 from worker.errors import Refused
-from worker.job import REHEARSAL, Job, Overdue, Plan, Tally, horizon_of
+from worker.job import REHEARSAL, Job, Overdue
 from worker.means import IN_FORCE, Means, Rules
-from worker.runner import Runner, check
+from worker.nullstore import NullStore
+from worker.plans import Plan, Tally, horizon_of
+from worker.runner import Runner
 from worker.states import ACTIVE, RESUMABLE, State
-from worker.storage import NullStore, S3Store
+from worker.storage import S3Store
 
 if TYPE_CHECKING:
     from worker.anchors import Anchor
@@ -266,7 +268,7 @@ class Operations:
                 store=self.store,
                 rules=rules,
             )
-            check(job, means)
+            means.require_fit(job)
             yield means
 
     @contextmanager

@@ -18,8 +18,9 @@ from psycopg import sql
 
 from worker import archive, audit, layouts, ledger, ledger_shards, lines, parents
 from worker.errors import ArchiveTampered, Refused, UnderWay
-from worker.job import Amount, Shard, Tally, Target
+from worker.job import Shard
 from worker.lines import Reader
+from worker.plans import Amount, Tally, Target
 from worker.states import ACTIVE
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import sqlalchemy as sa
 from worker import census, keyring, masterkeys
 from worker.aside import asides
 from worker.errors import Refused
-from worker.job import Finding, Tally, Verdict
+from worker.job import Finding, Verdict
+from worker.plans import Tally
 from worker.reseal import Resealer, resealer
 
 if TYPE_CHECKING:

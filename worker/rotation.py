@@ -32,7 +32,8 @@ from worker.aside import RESEALED, asides
 from worker.ciphertext import carried, since, windows
 from worker.envelopes import CODECS, ITERATIONS, Pbkdf2
 from worker.errors import Refused, Waits
-from worker.job import REHEARSAL, Batch, Shard, Tally, Target
+from worker.job import REHEARSAL, Batch, Shard
+from worker.plans import Tally, Target
 from worker.reseal import Census, Resealer, resealer
 from worker.sweeping import Sweeping
 

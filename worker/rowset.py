@@ -14,8 +14,9 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from worker.blocks import within
-from worker.job import Amount, Batch, Left, Shard, Tally, Target
+from worker.job import Batch, Shard
 from worker.layouts.model import Keep, Records
+from worker.plans import Amount, Left, Tally, Target
 from worker.retention import Cutoffs
 
 # A window of blocks is the unit in which expired rows are located; about 2,500 rows of an activity log.

@@ -14,11 +14,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from worker import anchors, audit, db, holds, layouts, ledger, ledger_shards, params, registry, settle
+from worker import anchors, archive, audit, db, holds, layouts, ledger, ledger_shards, params, registry, settle
 from worker.errors import Contended, DatabaseGone, Refused, Transient, Waits, WorkerError
-from worker.job import Tally
 from worker.logs import log
 from worker.means import Means
+from worker.plans import Tally
 from worker.states import ACTIVE, SETTLED, State
 from worker.throttle import Throttle
 
@@ -180,7 +180,7 @@ class Runner:
                 batch, objects = job.preserve(means, batch)
                 locked = time.monotonic() if not self._contended else locked
                 tally, cursor = job.apply(means, batch), batch.after
-                _require_preserved(objects, tally)
+                archive.require_exact(objects, tally)
             ledger_shards.record_bite(
                 connection,
                 held,
@@ -207,7 +207,7 @@ class Runner:
                 return Outcome.IDLE if run is None else None
             job = params.from_json(registry.job(run.job), run.params)
             means = self._means(connection, run)
-            check(job, means)
+            means.require_fit(job)
             plan = job.plan(means) if run.plan_hash else job.outline(means)
             if run.plan_hash and run.plan_hash != plan.hash:
                 raise Refused("the world has drifted from the plan that was approved; make the plan again")
@@ -330,23 +330,3 @@ class Runner:
             store=self._store,
             contended=contended,
         )
-
-
-def check(job: Job, means: Means) -> None:
-    """Raise Refused or SchemaError when the live database is not one this job can work on."""
-    live = layouts.detect(means.connection)
-    if live is not means.layout:
-        raise Refused(f"the run was made for the {means.layout.name} layout, and the database has {live.name}")
-    layouts.require(means.connection, job.needs(live), what=job.name)
-    job.check(means)
-
-
-def _require_preserved(objects: tuple[ArchivedObject, ...], tally: Tally) -> None:
-    """An archive that does not hold just what was deleted rolls the bite back."""
-    if not objects:
-        return
-    kept: dict[tuple[str, str | None], int] = {}
-    for one in objects:
-        kept[one.table, one.company] = kept.get((one.table, one.company), 0) + one.rows
-    if kept != {place: amount.rows for place, amount in tally.done.items() if amount.rows}:
-        raise WorkerError("the archive does not hold exactly the rows that were to be deleted; nothing was deleted")

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import sqlalchemy as sa
 
 from worker import blocks
-from worker.job import Shard, Target
+from worker.job import Shard
+from worker.plans import Target
 from worker.rowset import WINDOW_BLOCKS, RowSet
 
 SHARD_ROWS = 20_000

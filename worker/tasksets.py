@@ -16,9 +16,10 @@ from sqlalchemy.dialects import postgresql
 
 from worker import ledger
 from worker.errors import Refused, UnderWay
-from worker.job import Batch, Left, Tally
+from worker.job import Batch
 from worker.layouts.model import Keep
 from worker.ledger import SCHEMA
+from worker.plans import Left, Tally
 from worker.retention import Cutoffs
 from worker.rowset import RowSet, totals
 from worker.states import ACTIVE, State

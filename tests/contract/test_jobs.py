@@ -18,10 +18,11 @@ from tasks.restore_logs import RestoreLogs
 from tests.conftest import Deployment
 from worker import layouts, ledger, params, registry
 from worker.errors import Contended, UnderWay, WorkerError
-from worker.job import Batch, Job, Shard, Tally
+from worker.job import Batch, Job, Shard
 from worker.means import Means
 from worker.operations import Operations
 from worker.params import RunId
+from worker.plans import Tally
 from worker.runner import Outcome
 from worker.states import State
 

@@ -12,9 +12,9 @@ import psycopg
 
 from tasks.archive_tasks import ArchiveTasks
 from tests.conftest import NOW, Deployment
-from worker.job import Plan
 from worker.operations import Operations
 from worker.params import RunId
+from worker.plans import Plan
 from worker.runner import Outcome
 
 OLD = timedelta(days=60)

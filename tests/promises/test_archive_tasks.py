@@ -14,8 +14,9 @@ import pytest
 from tasks.archive_tasks import ArchiveTasks
 from tests.conftest import NOW, Deployment
 from tests.promises.board import OLD, Board
-from worker.job import Batch, Tally
+from worker.job import Batch
 from worker.means import Means
+from worker.plans import Tally
 
 RECENT = timedelta(days=3)
 KEEP = timedelta(days=30)

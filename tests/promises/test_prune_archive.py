@@ -15,8 +15,9 @@ from tasks.prune_logs import PruneLogs
 from tests.conftest import Deployment
 from worker import audit, copies, layouts
 from worker.archive import ArchivedObject
-from worker.job import Batch, Tally
+from worker.job import Batch
 from worker.means import Means
+from worker.plans import Tally
 
 JOB = PruneLogs()
 

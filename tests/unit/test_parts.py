@@ -16,7 +16,7 @@ from worker import canonical, config, logs, params, states
 from worker.commands import common
 from worker.config import Need
 from worker.errors import Refused, SettingsError
-from worker.job import Amount, Left, Plan, Tally, Target, horizon_of
+from worker.plans import Amount, Left, Plan, Tally, Target, horizon_of
 from worker.states import State
 from worker.throttle import Throttle
 

@@ -15,7 +15,8 @@ import schedules
 from tasks.prune_logs import PruneLogs
 from worker import app, config, params, timetable
 from worker.errors import Refused, SettingsError
-from worker.job import Job, Overdue, Plan, Target
+from worker.job import Job, Overdue
+from worker.plans import Plan, Target
 from worker.timetable import MOST_MISSED, Timetable
 
 ACTIVITY, EVENTS, *OTHERS = schedules.SCHEDULE

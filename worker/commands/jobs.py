@@ -12,8 +12,9 @@ from worker.commands import common
 from worker.errors import Exit, Refused
 
 if TYPE_CHECKING:
-    from worker.job import Job, Plan
+    from worker.job import Job
     from worker.operations import Operations
+    from worker.plans import Plan
 
 
 class _Jobs(click.Group):
