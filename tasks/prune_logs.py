@@ -96,8 +96,10 @@ class PruneLogs(Job):
             raise Refused(f"--company: the rows of {self.table} belong to no company")
         if self.keep_security and log.security is None:
             raise Refused(f"--keep-security: {self.table} does not say which rows are security events")
+        means.require_prunable(log, archive=self._archived(means.layout))
         if means.run is not None:
             means.require_no_restore(self.table)
+            means.require_not_restored()
 
     def admit(self, means: Means) -> None:
         means.require_no_restore(self.table)

@@ -21,6 +21,7 @@ from worker.runner import Outcome, Runner
 
 if TYPE_CHECKING:
     from worker.config import Settings
+    from worker.ledger import Run
     from worker.timetable import Timetable
 
 QUEUE = "paperclip-worker"
@@ -93,13 +94,20 @@ class Site:
     def rescue(self) -> None:
         """Send work for runs that nothing has moved for a while, retire those that never do, and anchor receipts."""
         for run in self.operations.stalled():
-            if run.rescues >= MOST_RESCUES:
-                self.runner.give_up(run.id, f"stalled and taken up again {run.rescues} times without an end")
-            else:
-                log.warning("run taken up again", run=str(run.id), rescues=run.rescues + 1)
-                self.enqueue(run.id)
+            try:
+                self._rescue(run)
+            except Exception as error:  # noqa: BLE001 - one run that cannot be helped must not keep help from others
+                log.error("run not rescued", run=str(run.id), error=type(error).__name__)
         # Last: a store that hangs must not keep runs waiting.
         self.runner.anchor()
+
+    def _rescue(self, run: Run) -> None:
+        self.operations.count_rescue(run)
+        if run.rescues >= MOST_RESCUES:
+            self.runner.give_up(run.id, f"stalled and taken up again {run.rescues} times without an end")
+        else:
+            log.warning("run taken up again", run=str(run.id), rescues=run.rescues + 1)
+            self.enqueue(run.id)
 
 
 def make(settings: Settings, times: Timetable | None = None) -> Celery:

@@ -74,7 +74,10 @@ def engine(settings: Settings) -> sa.Engine:
 
     def connect() -> psycopg.Connection[Any]:
         # Prepared statements would switch to generic plans, which cannot estimate a TID range.
-        made = psycopg.connect(url, application_name=APPLICATION_NAME, connect_timeout=10, prepare_threshold=None)
+        # Archives are UTF-8, whatever PGCLIENTENCODING and the role's own settings say.
+        made = psycopg.connect(
+            url, application_name=APPLICATION_NAME, connect_timeout=10, client_encoding="utf8", prepare_threshold=None
+        )
         for dumper in (_TidsText, _TidsDumper):
             made.adapters.register_dumper(Tids, dumper)
         return made
@@ -95,10 +98,23 @@ def transaction(
     their messages hold no row content.
     """
     with translated(), on.connect() as connection, connection.begin():
-        if first:
-            connection.exec_driver_sql(first)
+        _begin(connection, first, read_only=read_only)
         connection.execute(_BOUNDS, _bounds(lock=lock, statement=statement, read_only=read_only))
         yield connection
+
+
+def _begin(connection: sa.Connection, first: str | None, *, read_only: bool) -> None:
+    """What must come before the snapshot. Refused on a standby, unless it is only read."""
+    # What the role or database has as its default does not count.
+    statements = ["SET TRANSACTION READ WRITE"] * (not read_only) + [first] * (first is not None)
+    if not statements:
+        return
+    try:
+        connection.exec_driver_sql("; ".join(filter(None, statements)))
+    except exc.DBAPIError as error:
+        if isinstance(error.orig, pg.FeatureNotSupported):
+            raise Refused("DATABASE_URL: the server is a standby and takes no change; name the primary") from error
+        raise
 
 
 # Session-wide SET would leak through a transaction-pooling proxy; the third argument keeps each local.
@@ -109,12 +125,24 @@ _BOUNDS = sa.select(
             "lock_timeout",
             "statement_timeout",
             "idle_in_transaction_session_timeout",
-            "timezone",
-            "datestyle",
-            "jit",
             "transaction_read_only",
         )
-    )
+    ),
+    # Values become text in archive objects, marks and digests: the same text, whatever the role's own settings are.
+    *(
+        sa.func.set_config(name, value, True)
+        for name, value in (
+            ("timezone", "UTC"),
+            ("datestyle", "ISO, YMD"),
+            ("intervalstyle", "postgres"),
+            ("extra_float_digits", "1"),
+            ("bytea_output", "hex"),
+            ("lc_monetary", "C"),
+            # A row that a policy hides from us is an error: it may be what says that another must stay.
+            ("row_security", "off"),
+            ("jit", "off"),
+        )
+    ),
 )
 
 
@@ -124,10 +152,6 @@ def _bounds(*, lock: float, statement: float, read_only: bool) -> dict[str, str]
         "statement_timeout": f"{max(1, round(statement * 1000))}ms",
         # An upload may stand between two statements; a worker that died is still cut off.
         "idle_in_transaction_session_timeout": "300s",
-        # Times become text in archive objects and marks, whatever the role's own settings are.
-        "timezone": "UTC",
-        "datestyle": "ISO, YMD",
-        "jit": "off",
         "transaction_read_only": "on" if read_only else "off",
     }
 
@@ -157,7 +181,8 @@ def _translate(error: exc.DBAPIError | psycopg.Error) -> Exception:
     for kinds, ours, message in _MEANING:
         if isinstance(cause, kinds):
             return ours(f"{message} (SQLSTATE {state})")
-    return error
+    # A trigger of the host's, or a value it cannot have. The server's own sentence may quote a row.
+    return Refused(f"the database refuses a statement (SQLSTATE {state})") if state else error
 
 
 _MEANING: tuple[tuple[tuple[type[Exception], ...], type[Exception], str], ...] = (
@@ -171,7 +196,8 @@ _MEANING: tuple[tuple[tuple[type[Exception], ...], type[Exception], str], ...] =
     (
         (pg.InsufficientPrivilege,),
         Refused,
-        "the database role lacks a privilege; apply the SQL that `paperclip-worker db grants` prints",
+        "the database role lacks a privilege, or row level security keeps rows from it (BYPASSRLS lets it see them); "
+        "apply the SQL that `paperclip-worker db grants` prints",
     ),
     (
         (pg.ForeignKeyViolation,),

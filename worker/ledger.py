@@ -143,7 +143,7 @@ def reopen(connection: sa.Connection, run: Run) -> None:
     """Take a stopped or failed, held run up again: at its cursors, or from the start when it never had any."""
     require_free(connection, run.exclusion)
     to = State.QUEUED if run.plan is None else State.RUNNING
-    step(connection, run, to, settled_at=None, error=None)
+    step(connection, run, to, settled_at=None, error=None, rescues=0)
 
 
 def record_plan(connection: sa.Connection, run: UUID, plan: Plan) -> None:

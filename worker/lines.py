@@ -52,6 +52,11 @@ def readable(connection: sa.Connection, table: str, columns: Iterable[str]) -> b
     return wanted <= set(connection.scalars(query))
 
 
+def generated(connection: sa.Connection, table: str) -> list[str]:
+    """The columns of a table whose values the server computes and no statement may give."""
+    return list(connection.scalars(sa.select(_NAME).where(_of(table), _ATTRIBUTE.c.attgenerated != "")))
+
+
 def required(connection: sa.Connection, table: str) -> list[str]:
     """The columns of a table that a new row must name now."""
     columns = _ATTRIBUTE.c
@@ -63,6 +68,7 @@ _ATTRIBUTE = sa.table(
     "pg_attribute",
     *map(sa.column, ("attrelid", "attname", "attnum", "atttypid", "attnotnull", "atthasdef", "attidentity")),
     sa.column("attisdropped"),
+    sa.column("attgenerated"),
     schema="pg_catalog",
 )
 
@@ -135,7 +141,7 @@ def line_of(table: str, names: Iterable[str], json_columns: Mapping[str, str]) -
     of_json = {name: kind for name, kind in json_columns.items() if name in names}
     query = (
         "(SELECT CASE WHEN n IS NULL THEN j ELSE {marked} END "
-        "FROM (SELECT row_to_json(archived)::text AS j, {nulls} AS n FROM (SELECT {row}) AS archived) AS lined)"
+        "FROM (SELECT row_to_json(archived.*)::text AS j, {nulls} AS n FROM (SELECT {row}) AS archived) AS lined)"
     )
     return sql.SQL(query).format(
         marked=_marked(sql.SQL("j"), sql.SQL("n")),

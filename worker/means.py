@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,9 +12,9 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import archive, copies, holds, layouts, ledger_shards, retention, slices
+from worker import archive, copies, holds, layouts, ledger_shards, livetable, retention, slices
 from worker.errors import Refused
-from worker.restore import Restore, require_none
+from worker.restore import Restore, require_none, require_not_restored
 from worker.retirement import Retiring
 from worker.rotation import Rotating
 from worker.rowset import RowSet
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from worker.config import Settings
     from worker.holds import Holds
     from worker.job import Batch, Job, Shard
-    from worker.layouts.model import Keep, Layout, Records
+    from worker.layouts.model import Keep, Layout, LogTable, Records
     from worker.plans import Plan
     from worker.retention import Cutoffs, Policy
     from worker.storage import Store
@@ -83,7 +83,12 @@ class Means:
         self, what: Records, *, cutoffs: Cutoffs, companies: tuple[UUID, ...], keeps: tuple[Keep, ...]
     ) -> RowSet:
         """The old rows of a table as a set, those left out that a legal hold or another keep holds back."""
-        return RowSet(what=what, cutoffs=cutoffs, companies=companies, keeps=(*self.holds.keep(what), *keeps))
+        asked = what
+        if self.holds.targets("user") or self.holds.targets("task"):
+            # A column that nobody has classed may name or mention whomever a hold is about.
+            more = livetable.unknown(self.connection, self.layout, what)
+            asked = replace(what, texts=(*what.texts, *more))
+        return RowSet(what=asked, cutoffs=cutoffs, companies=companies, keeps=(*self.holds.keep(asked), *keeps))
 
     def once(self, job: Job, make: Callable[[Means], RowSet]) -> RowSet:
         """The rows of a job, made once a step: it asks for them several times, and each takes a millisecond."""
@@ -171,6 +176,14 @@ class Means:
             "leftovers": stayed,
         }
 
+    def require_prunable(self, log: LogTable, *, archive: bool) -> None:
+        """Refused or SchemaError when to delete, or to archive, rows of a log would lose more than it says."""
+        livetable.require_prunable(self.connection, log, archive=archive)
+
+    def require_not_restored(self) -> None:
+        """Refused when rows of this run were put back since: it would take them a second time."""
+        require_not_restored(self.connection, self.entered)
+
     def require_fit(self, job: Job) -> None:
         """Raise Refused or SchemaError when the live database is not one this job can work on."""
         live = layouts.detect(self.connection)
@@ -190,6 +203,6 @@ class Means:
             raise Refused("the deployment has no company: is DATABASE_URL the right database?")
 
     def _archive(self) -> tuple[Store, UUID]:
-        if self.store is None or self.run is None:
-            raise TypeError("this step has no archive")
-        return self.store, self.run
+        if self.store is None:
+            raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set, and the run has an archive there")
+        return self.store, self.entered

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -55,6 +55,12 @@ class Operations:
         seconds = self.settings.scan_timeout if scan else self.settings.statement_timeout
         return db.transaction(self.engine, lock=2, statement=seconds, read_only=read_only, first=first)
 
+    def now(self) -> datetime:
+        """The database's clock, by which rows have their ages; a worker's own may be wrong, and decides nothing."""
+        with self.transaction(read_only=True) as connection:
+            found: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+            return found
+
     def check_ready(self) -> None:
         """Raise what would fail every run: signing key, database, ledger, bucket."""
         self.runner()
@@ -69,7 +75,7 @@ class Operations:
 
         With `rules`, what it would change under other holds or policies than those in force.
         """
-        now = _now() if approved is None else horizon_of(approved, now=_now())
+        now = self.now() if approved is None else horizon_of(approved, now=self.now())
         with self._checked(job, now, rules) as means:
             job.foresee(means)
             plan = job.plan(means)
@@ -79,7 +85,7 @@ class Operations:
 
     def overdue(self, job: Job) -> tuple[Overdue, ...]:
         """What a run of `job` would change now, per table."""
-        with self._checked(job, _now()) as means:
+        with self._checked(job, self.now()) as means:
             return job.overdue(means)
 
     def start(
@@ -99,7 +105,7 @@ class Operations:
             if self.store is None:
                 raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set; --without-archive does without it")
             self.store.check()
-        now = now or _now()
+        now = now or self.now()
         with self._checked(job, now) as means:
             job.admit(means)
         with self.transaction() as connection:
@@ -125,7 +131,7 @@ class Operations:
 
     def rehearse(self, job: Job, *, limit: int = 1_000) -> Tally:
         """Run every batch for real and roll each back; archives go to a store that keeps nothing."""
-        now, tally = _now(), Tally()
+        now, tally = self.now(), Tally()
         with self._checked(job, now) as means:
             shards = list(job.shards(means, job.plan(means)))
         for shard in shards:
@@ -242,13 +248,15 @@ class Operations:
         return anchors.write(self.settings, self.engine, self.store, signer, every=every)
 
     def stalled(self) -> list[Run]:
-        """Active runs nothing has moved for `rescue_after` seconds, each counted as rescued."""
-        with self.transaction() as connection:
+        """Active runs nothing has moved for `rescue_after` seconds."""
+        with self.transaction(read_only=True) as connection:
             ledger.require(connection)
-            runs = ledger.stalled(connection, after=timedelta(seconds=self.settings.rescue_after))
-            for run in runs:
-                ledger.count_rescue(connection, run.id)
-        return runs
+            return ledger.stalled(connection, after=timedelta(seconds=self.settings.rescue_after))
+
+    def count_rescue(self, run: Run) -> None:
+        """Count that a stalled run was taken up again."""
+        with self.transaction() as connection:
+            ledger.count_rescue(connection, run.id)
 
     @contextmanager
     def _checked(
@@ -276,7 +284,3 @@ class Operations:
         with self.transaction(scan=True) as connection, connection.begin_nested() as savepoint:
             yield connection
             savepoint.rollback()
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

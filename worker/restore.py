@@ -43,6 +43,15 @@ def require_none(connection: sa.Connection, table: str) -> None:
         raise UnderWay(f"rows of {table} are being put back by run {busy}; stop it, or wait for its end")
 
 
+def require_not_restored(connection: sa.Connection, pruned: UUID) -> None:
+    """Refused, naming the run, when another has put rows of this one back."""
+    runs = ledger.RUNS.c
+    put = sa.exists(ledger.SHARDS.c.run_id).where(ledger.SHARDS.c.run_id == runs.id, ledger.SHARDS.c.rows > 0)
+    query = sa.select(runs.id).where(runs.params["run"].astext == str(pruned), put).limit(1)
+    if (by := connection.scalar(query)) is not None:
+        raise Refused(f"run {pruned} cannot go on: run {by} has put rows of it back; start a new run")
+
+
 class Restore:
     """What a step can do to put the archive of one run back."""
 
@@ -220,6 +229,7 @@ class Restore:
     def _insert(self, part: Sequence[str]) -> tuple[int, bool]:
         """How many rows were inserted, and whether each is its line again."""
         names = lines.columns(part[0])
+        given = [name for name in names if name not in self._generated]
         statement = sql.SQL(
             "WITH given AS (SELECT line FROM string_to_table({given}, E'\\n') AS l (line)), "
             # OFFSET 0: once a line, and not once a column; a join with the function takes longer.
@@ -231,8 +241,8 @@ class Restore:
             "(SELECT bit_xor(hashtextextended(line, 0)) FROM put) = "
             "(SELECT bit_xor(hashtextextended(line, 0)) FROM given)"
         ).format(
-            columns=sql.SQL(", ").join(map(sql.Identifier, names)),
-            values=lines.values_of("r", names, self._json_columns, nulls=lines.marked(part)),
+            columns=sql.SQL(", ").join(map(sql.Identifier, given)),
+            values=lines.values_of("r", given, self._json_columns, nulls=lines.marked(part)),
             line=self._line_of(self.log.name, names),
             **self._names(),
         )
@@ -242,6 +252,10 @@ class Restore:
     @cached_property
     def _json_columns(self) -> dict[str, str]:
         return lines.json_columns(self._connection, self.log.name)
+
+    @cached_property
+    def _generated(self) -> list[str]:
+        return lines.generated(self._connection, self.log.name)
 
     def _line_of(self, table: str, names: Sequence[str]) -> sql.Composable:
         return lines.line_of(table, names, self._json_columns)

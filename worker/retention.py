@@ -77,7 +77,9 @@ class Cutoffs:
         moments: dict[datetime, list[UUID]] = {}
         for whose, moment in self.special.items():
             moments.setdefault(moment, []).append(whose)
-        rest = sa.and_(company.not_in(list(self.special)), age < self.default)
+        # A row of no company has none of these.
+        others = sa.or_(company.is_(None), company.not_in(list(self.special)))
+        rest = sa.and_(others, age < self.default)
         return sa.or_(rest, *(sa.and_(company.in_(ids), age < moment) for moment, ids in sorted(moments.items())))
 
     def to_json(self) -> dict[str, Any]:

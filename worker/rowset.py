@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -22,6 +22,8 @@ from worker.retention import Cutoffs
 # A window of blocks is the unit in which expired rows are located; about 2,500 rows of an activity log.
 WINDOW_BLOCKS = 64
 _WORD = (1 << 64) - 1
+# A day from where there is room for every timezone.
+_FIRST_DAY = datetime(1, 1, 2, tzinfo=UTC)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ class RowSet:
 
     def overdue(self, connection: sa.Connection) -> tuple[int, datetime | None]:
         """How many rows go, and the age column of the oldest of them."""
-        query = sa.select(sa.func.count(), sa.func.min(self.what.age)).where(self.eligible)
+        query = sa.select(sa.func.count(), tellable(sa.func.min(self.what.age))).where(self.eligible)
         rows, oldest = connection.execute(query).one()
         return rows, oldest
 
@@ -169,9 +171,10 @@ class RowSet:
         spec = shard.spec
         inside = [
             self.company == sa.literal(spec["company"], sa.Uuid(as_uuid=False)),
-            age >= datetime.fromisoformat(spec["from"]),
             age < datetime.fromisoformat(spec["to"]),
         ]
+        if spec["from"] is not None:
+            inside.append(age >= datetime.fromisoformat(spec["from"]))
         if after:
             # The plain bound on age lets the index start there; the pair alone would not.
             at = datetime.fromisoformat(after["age"])
@@ -192,14 +195,15 @@ class RowSet:
         Without a key: all of them. The index alone can tell then.
         """
         age, key = self.what.age, self.what.key
-        query = sa.select(age).where(*inside).order_by(age).offset(limit - 1).limit(1)
+        # Rows older than can be told are of one window, whose end can be.
+        query = sa.select(tellable(age)).where(*inside).order_by(age).offset(limit - 1).limit(1)
         last = connection.scalar(query)
         if last is None:
             return None, None
         same = sa.select(sa.literal(1)).where(*inside, age == last).offset(limit).limit(1)
         if connection.scalar(same) is None:
             return last, None
-        pair = sa.select(age, key).where(*inside).order_by(age, key).offset(limit - 1).limit(1)
+        pair = sa.select(tellable(age), key).where(*inside).order_by(age, key).offset(limit - 1).limit(1)
         row = connection.execute(pair).one()
         return row[0], str(row[1])
 
@@ -264,6 +268,12 @@ class RowSet:
 
     def _key(self, text: str) -> sa.ColumnElement[Any]:
         return sa.cast(sa.literal(text), self.what.key.type)
+
+
+def tellable(age: sa.ColumnElement[datetime]) -> sa.ColumnElement[datetime]:
+    """An age that Python can hold: `-infinity` and years before the first are its first day."""
+    first = sa.literal(_FIRST_DAY)
+    return sa.case((age < first, first), else_=age)
 
 
 def totals(connection: sa.Connection, table: str, changed: sa.CTE, *notes: sa.CTE) -> Tally:

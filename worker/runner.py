@@ -261,7 +261,10 @@ class Runner:
             if run is None or not ledger_shards.no_bite_in_flight(connection, run_id):
                 return Outcome.IDLE
             if run.state is expected or (expected is None and run.state in ACTIVE):
-                job = params.from_json(registry.job(run.job), run.params)
+                try:
+                    job = params.from_json(registry.job(run.job), run.params)
+                except Refused:
+                    job = None
                 settle.end_early(self._means(connection, run), job, run, to, self._signer, error=error)
             else:
                 return None

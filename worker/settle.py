@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from uuid import uuid5
+from uuid import UUID, uuid5
 
 import sqlalchemy as sa
+from sqlalchemy import exc
 
 from worker import audit, ledger, ledger_shards
-from worker.errors import Refused, Transient
+from worker.errors import DatabaseGone
 from worker.layouts.model import Activity
+from worker.logs import log
 from worker.states import State
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from worker.audit import Receipt, Signer
     from worker.job import Job
     from worker.ledger import Run
     from worker.means import Means
+    from worker.plans import Tally
 
 SWEEPS = 2
 
@@ -48,19 +53,25 @@ def finish(means: Means, job: Job, run: Run, *, signer: Signer) -> State:
     return state
 
 
-def end_early(means: Means, job: Job, run: Run, state: State, signer: Signer, *, error: str | None) -> None:
-    """Settle a held run that was stopped or failed: what it did so far is indexed and attested."""
+def end_early(means: Means, job: Job | None, run: Run, state: State, signer: Signer, *, error: str | None) -> None:
+    """Settle a held run that was stopped or failed: what it did so far is indexed and attested.
+
+    Whatever stands in the way of the index, the run must end: it keeps others from its table. Without a `job` this
+    release does not know it, or one of its parameters.
+    """
     try:
-        evidence = dict(job.index(means))
-    except (Transient, Refused) as fault:
-        # The store may be the very thing that failed; resuming the run writes the index.
+        with means.connection.begin_nested():
+            evidence = dict(job.index(means)) if job else {"index": "not written: the job is not known"}
+    except Exception as fault:
+        if isinstance(fault, DatabaseGone) or means.connection.invalidated:
+            raise
         evidence = {"index": f"not written: {type(fault).__name__}"}
     settle(means, job, run, state, signer, evidence=evidence, error=error)
 
 
 def settle(
     means: Means,
-    job: Job,
+    job: Job | None,
     run: Run,
     state: State,
     signer: Signer,
@@ -72,6 +83,7 @@ def settle(
     connection = means.connection
     now = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
     tally = ledger_shards.tally(connection, run.id)
+    missing = _tell_companies(means, job, run, state, tally=tally, now=now)
     facts = {
         "job": run.job,
         "params": dict(run.params),
@@ -91,16 +103,43 @@ def settle(
         "findings": list(run.findings),
         "error": error,
         "holds": [str(one.id) for one in means.holds.found],
-        "evidence": dict(evidence),
+        "evidence": {**evidence, "activity_not_written": missing} if missing else dict(evidence),
     }
     receipt = audit.append(connection, signer, run.id, facts)
+    ledger.step(connection, run, state, settled_at=now, error=error, waiting=None)
+    return receipt
+
+
+def _tell_companies(
+    means: Means, job: Job | None, run: Run, state: State, *, tally: Tally, now: datetime
+) -> dict[str, str]:
+    """Write an activity row for each company touched; why not, for those that could not get theirs.
+
+    A run that cannot tell a company must still end: the receipt has what the row would have said.
+    """
     companies: dict[str, int] = {}
     for (_, company), amount in tally.done.items():
         if company is not None and amount.rows:
             companies[company] = companies.get(company, 0) + amount.rows
-    for company, rows in sorted(companies.items()):
-        details = {"run": str(run.id), "job": run.job, "params": dict(run.params), "rows": rows, "state": state.value}
-        activity = Activity(id=uuid5(run.id, company), company=company, action=job.activity, at=now, details=details)
-        connection.execute(means.layout.record_activity(activity))
-    ledger.step(connection, run, state, settled_at=now, error=error, waiting=None)
-    return receipt
+    known = means.layout.companies.c.id
+    found = sa.select(sa.cast(known, sa.Text)).where(known.in_([UUID(company) for company in companies]))
+    there = set(means.connection.scalars(found)) if companies else set()
+    missing = {company: "the company is gone" for company in companies if company not in there}
+    for company in sorted(there):
+        details = {
+            "run": str(run.id),
+            "job": run.job,
+            "params": dict(run.params),
+            "rows": companies[company],
+            "state": state.value,
+        }
+        action = job.activity if job else run.job
+        activity = Activity(id=uuid5(run.id, company), company=company, action=action, at=now, details=details)
+        try:
+            with means.connection.begin_nested():
+                means.connection.execute(means.layout.record_activity(activity))
+        except (exc.IntegrityError, exc.DataError, exc.ProgrammingError, exc.InternalError) as fault:
+            missing[company] = f"the database refuses it (SQLSTATE {getattr(fault.orig, 'sqlstate', None)})"
+    if missing:
+        log.error("activity rows not written", run=str(run.id), companies=len(missing))
+    return missing

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from worker import blocks
 from worker.job import Shard
 from worker.plans import Target
-from worker.rowset import WINDOW_BLOCKS, RowSet
+from worker.rowset import WINDOW_BLOCKS, RowSet, tellable
 
 SHARD_ROWS = 20_000
 MOST_SHARDS = 16
@@ -76,14 +76,17 @@ def _block_shard(windows: list[list[int]], rows: int) -> Shard:
 def _company_shards(rows: RowSet, connection: sa.Connection, targets: Sequence[Target]) -> Iterator[Shard]:
     for target in targets:
         whose = rows.company == sa.literal(target.company, sa.Uuid(as_uuid=False))
-        oldest = connection.execute(sa.select(sa.func.min(rows.what.age)).where(whose, rows.old)).scalar_one()
+        oldest = connection.execute(
+            sa.select(tellable(sa.func.min(rows.what.age))).where(whose, rows.old)
+        ).scalar_one()
         cutoff = rows.cutoffs.of(target.company)
         number = min(MOST_SHARDS, max(1, target.rows // SHARD_ROWS))
         step = (cutoff - oldest) / number
         for part in range(number):
             spec = {
                 "company": target.company,
-                "from": (oldest + step * part).isoformat(),
+                # Without a bound where older rows than the oldest that can be told belong.
+                "from": (oldest + step * part).isoformat() if part else None,
                 "to": cutoff.isoformat() if part == number - 1 else (oldest + step * (part + 1)).isoformat(),
             }
             yield Shard(key=f"{target.company}:{part}", rows=target.rows // number, spec=spec)

@@ -70,6 +70,57 @@ def _target(deployment: Deployment, kind: str) -> tuple[str, str]:
     return task, f"(entity_id = '{task}' OR {details}::text LIKE '%{task}%' OR {of_runs})"
 
 
+def test_a_column_that_nobody_has_classed_is_looked_into(released: Deployment) -> None:
+    user = _one(released, 'SELECT id FROM "user" LIMIT 1')
+    for column in ("text", "uuid", "text[]"):
+        released.query(f'ALTER TABLE activity_log ADD "of {column}" {column}')
+    task = _one(released, "SELECT id::text FROM issues LIMIT 1")
+    old = "created_at < now() - interval '91 days'"
+    released.query(
+        "UPDATE activity_log SET run_id = NULL, entity_type = 'x', details = NULL, "
+        '"of text" = CASE abs(hashtext(id::text)) %% 3 WHEN 0 THEN %s END, '
+        '"of uuid" = CASE abs(hashtext(id::text)) %% 3 WHEN 1 THEN %s::uuid END, '
+        '"of text[]" = CASE abs(hashtext(id::text)) %% 3 WHEN 2 THEN ARRAY[%s] END',
+        user,
+        task,
+        user,
+    )
+    before = _one(released, f"SELECT count(*) FROM activity_log WHERE {old}")
+    _hold(released, "user", user)
+    _hold(released, "task", task)
+    result = _run(released, PruneLogs())
+    assert (result["kept"], result["rows"]) == (True, 0)
+    assert _one(released, f"SELECT count(*) FROM activity_log WHERE {old}") == before
+
+
+def test_a_secret_may_be_what_names_a_user(released: Deployment) -> None:
+    user = _one(released, 'SELECT id FROM "user" LIMIT 1')
+    released.query(
+        "INSERT INTO verification (id, identifier, value, expires_at, created_at, updated_at) VALUES "
+        "('mine', 'reset-password:x', %s, now() - interval '200 days', now() - interval '200 days', now())",
+        user,
+    )
+    _hold(released, "user", user)
+    assert _run(released, PruneLogs(table="verification"))["kept"]
+    assert _one(released, "SELECT count(*) FROM verification WHERE id = 'mine'") == 1
+
+
+@pytest.mark.parametrize("name", ["issueId", "taskId"])
+def test_rows_of_a_held_tasks_runs_stay_by_whichever_name_a_run_has_it(released: Deployment, name: str) -> None:
+    task = _one(released, "SELECT id::text FROM issues LIMIT 1")
+    released.query("UPDATE heartbeat_run_events SET message = 'x', payload = NULL")
+    released.query(
+        "UPDATE heartbeat_runs SET status = 'succeeded', native_issue_id = NULL, "
+        "context_snapshot = jsonb_build_object(%s::text, %s::text)",
+        name,
+        task,
+    )
+    _hold(released, "task", task)
+    result = _run(released, PruneLogs(table="heartbeat_run_events", older_than=timedelta(days=20)))
+    assert (result["kept"], result["rows"]) == (True, 0)
+    assert sum(one["rows"] for one in result["left"] if one["reason"] == "legal_hold") > 0
+
+
 @pytest.mark.parametrize("kind", holds.KINDS)
 def test_held_rows_stay_are_counted_and_go_once_released(deployment: Deployment, kind: str) -> None:
     target, rows = _target(deployment, kind)

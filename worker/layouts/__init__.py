@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from worker.errors import SchemaError
+from worker.errors import Refused, SchemaError
 from worker.layouts.guide import GUIDE
 from worker.layouts.paperclip import PAPERCLIP
 
@@ -34,9 +34,21 @@ def detect(connection: sa.Connection) -> Layout:
 
 
 def require(connection: sa.Connection, tables: Iterable[sa.Table], *, what: str) -> None:
-    """Raise SchemaError naming every table and column that `what` needs and the database lacks."""
+    """Raise SchemaError naming every table and column that `what` needs and the database lacks.
+
+    Refused when a policy of theirs keeps rows from this role: what is not seen would not be heeded.
+    """
+    tables = tuple(tables)
     if absent := missing(connection, tables):
         raise SchemaError(f"{what} needs {', '.join(absent)}, which this database lacks; see `db check`")
+    names = sorted({f'"{one.schema or "public"}"."{one.name}"' for one in tables})
+    each = sa.func.unnest(sa.literal(names, sa.ARRAY(sa.Text))).column_valued("name")
+    hidden = connection.scalars(sa.select(each).where(sa.func.row_security_active(each))).all()
+    if hidden:
+        raise Refused(
+            f"row level security keeps rows of {', '.join(hidden)} from this role, and {what} must see all of them; "
+            "ALTER ROLE ... BYPASSRLS lets it"
+        )
 
 
 def missing(connection: sa.Connection, tables: Iterable[sa.Table]) -> list[str]:

@@ -50,7 +50,7 @@ class Records:
     # Where a row names a user or a task by its id, and where it may mention one; asked for legal holds alone.
     users: tuple[sa.ColumnElement[Any], ...] = ()
     tasks: tuple[sa.ColumnElement[Any], ...] = ()
-    texts: tuple[sa.Column[Any], ...] = ()
+    texts: tuple[sa.ColumnClause[Any], ...] = ()
     # Further rows that belong to tasks, given their ids: those of the tasks' runs.
     of_tasks: Callable[[Sequence[str]], sa.ColumnElement[bool]] | None = None
 
@@ -95,6 +95,8 @@ class LogTable(Records):
     security: sa.ColumnElement[bool] | None = None
     # What foreign keys of the table refer to, with just the columns they mean.
     parents: tuple[sa.Table, ...] = ()
+    # Columns of other tables that refer to rows of this one, which a keep therefore holds back.
+    cited_by: tuple[sa.Column[Any], ...] = ()
 
     def security_keep(self) -> tuple[Keep, ...]:
         """The keep that holds security events back; none where the table does not tell them."""

@@ -96,7 +96,8 @@ def _named(of: sa.Table) -> dict[str, Any]:
     return {
         "users": tuple(by_class.get("personal", ())),
         "tasks": tuple(tasks),
-        "texts": tuple(by_class.get("content", ())),
+        # A secret may name a user: what `verification` checks a password reset by holds the id.
+        "texts": (*by_class.get("content", ()), *by_class.get("secret", ())),
         "of_tasks": None if run is None else lambda ids: run_of_task(run, list(ids)),
     }
 
@@ -129,6 +130,7 @@ _ACTIVITY_LOG = LogTable(
     keeps=(_run_live(ACTIVITY.c.run_id), _issue_open(), _cited()),
     security=sa.or_(*(ACTIVITY.c.action.like(family) for family in SECURITY_ACTIONS)),
     parents=parents("activity_log"),
+    cited_by=(EFFECTS.c.activity_log_id,),
     **_named(ACTIVITY),
 )
 

@@ -23,8 +23,8 @@ def table(name: str, /, *, wide: bool = False, **columns: Any) -> sa.Table:
 
 
 def catalogued(name: str, *kinds: str) -> dict[str, Any]:
-    """The columns of a table that the catalogue classes as personal or content: what a legal hold looks into."""
-    wanted = kinds or (catalogue.ColumnClass.PERSONAL, catalogue.ColumnClass.CONTENT)
+    """The columns of a table that the catalogue does not class as plain: what a legal hold looks into."""
+    wanted = kinds or tuple(kind for kind in catalogue.ColumnClass if kind is not catalogue.ColumnClass.PLAIN)
     columns = catalogue.load("paperclip").tables[name].columns
     return {column: sa.types.NullType for column, fact in columns.items() if fact.kind in wanted}
 
@@ -44,7 +44,8 @@ EFFECTS = table("decision_effect_executions", activity_log_id=sa.Uuid)
 
 def run_of_task(run: sa.ColumnElement[Any], ids: list[str]) -> sa.ColumnElement[bool]:
     """Whether a row's run worked on one of these tasks."""
-    of = sa.or_(RUNS.c.context_snapshot["issueId"].astext.in_(ids), sa.cast(RUNS.c.native_issue_id, sa.Text).in_(ids))
+    named = (RUNS.c.context_snapshot["issueId"].astext, RUNS.c.context_snapshot["taskId"].astext)
+    of = sa.or_(*(one.in_(ids) for one in (*named, sa.cast(RUNS.c.native_issue_id, sa.Text))))
     return sa.and_(run.is_not(None), run.in_(sa.select(RUNS.c.id).where(of)))
 
 

@@ -1,0 +1,174 @@
+"""A run ends, whatever has become of the deployment meanwhile: one that cannot would keep others from its table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from uuid import UUID, uuid4
+
+import pytest
+
+from tasks.archive_tasks import ArchiveTasks
+from tasks.prune_logs import PruneLogs
+from tests.conftest import Deployment
+from worker import timetable
+from worker.app import MOST_RESCUES, Site, make
+from worker.errors import Refused
+from worker.job import Job
+from worker.operations import Operations
+from worker.runner import Outcome
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture
+def small(released: Deployment) -> Operations:
+    return released.with_settings(bite_rows="50")
+
+
+def _under_way(small: Operations, job: Job | None = None, *, until: Callable[[UUID], bool] | None = None) -> UUID:
+    """A run that has taken some bites."""
+    run = small.start(job or PruneLogs(), actor="tester", via="test")
+    while not (until(run) if until else small.result(run)["bites"]):
+        small.runner().work(run, seconds=0)
+    return run
+
+
+def _short_lived(released: Deployment, small: Operations) -> tuple[UUID, UUID]:
+    """A run that has taken rows of a company, and the company, which is gone as the app deletes one."""
+    company = uuid4()
+    released.query("INSERT INTO companies (id, name, issue_prefix) VALUES (%s, 'Short', 'SHORT')", company)
+    released.query(
+        "INSERT INTO activity_log (id, company_id, actor_type, actor_id, action, entity_type, entity_id, created_at) "
+        "SELECT gen_random_uuid(), %s, 'user', 'u', 'a', 'x', 'y', now() - interval '200 days' "
+        "FROM generate_series(1, 20)",
+        company,
+    )
+    run = _under_way(small, until=lambda run: str(company) in [one["company"] for one in small.result(run)["tally"]])
+    released.query("DELETE FROM activity_log WHERE company_id = %s", company)
+    released.query("DELETE FROM companies WHERE id = %s", company)
+    return run, company
+
+
+def test_a_company_that_is_deleted_meanwhile(released: Deployment, small: Operations) -> None:
+    run, company = _short_lived(released, small)
+    assert small.runner().work(run, seconds=60) is Outcome.SETTLED
+    result = small.result(run)
+    assert result["kept"]
+    assert result["receipt"]["evidence"]["activity_not_written"] == {str(company): "the company is gone"}
+    others = {one["company"] for one in result["tally"]} - {str(company)}
+    said = {
+        whose
+        for (whose,) in released.query(
+            "SELECT company_id::text FROM activity_log WHERE action = %s", PruneLogs.action
+        )
+    }
+    assert said == others
+
+
+def test_a_run_of_such_a_company_can_be_stopped(released: Deployment, small: Operations) -> None:
+    run, _ = _short_lived(released, small)
+    assert small.stop(str(run)).state.value == "stopped"
+    assert released.operations.start(PruneLogs(), actor="tester", via="test")
+
+
+@pytest.mark.parametrize("job", [PruneLogs(), ArchiveTasks()], ids=lambda job: job.name)
+def test_a_log_that_takes_no_row_of_ours(released: Deployment, small: Operations, job: Job) -> None:
+    run = _under_way(small, job)
+    released.query("ALTER TABLE activity_log ADD mood text NOT NULL DEFAULT 'calm'")
+    released.query("ALTER TABLE activity_log ALTER mood DROP DEFAULT")
+    assert small.runner().work(run, seconds=60) is Outcome.SETTLED
+    result = small.result(run)
+    assert result["kept"]
+    missing = result["receipt"]["evidence"]["activity_not_written"]
+    assert set(missing) == {one["company"] for one in result["tally"]}
+    assert set(missing.values()) == {"the database refuses it (SQLSTATE 23502)"}
+    assert json.loads(released.cli("receipts", "verify", "--json").stdout)["intact"]
+
+
+def test_a_worker_without_the_bucket_fails_the_run(released: Deployment, small: Operations) -> None:
+    run = _under_way(small)
+    without = released.with_settings(s3_bucket="")
+    with pytest.raises(Refused, match="PAPERCLIP_WORKER_S3_BUCKET is not set"):
+        without.runner().work(run, seconds=60)
+    failed = small.result(run)
+    assert failed["state"] == "failed"
+    assert failed["receipt"]["evidence"]["index"] == "not written: Refused"
+    # With the bucket it goes on, and its archive is whole.
+    small.resume(str(run))
+    assert small.runner().work(run, seconds=60) is Outcome.SETTLED
+    assert small.result(run)["kept"]
+
+
+@pytest.mark.parametrize("change", ["params = params || '{\"later\": true}'", "job = 'of-a-later-release'"])
+def test_a_run_that_this_release_does_not_know(released: Deployment, change: str) -> None:
+    operations = released.operations
+    first, second = (
+        operations.start(PruneLogs(table=name), actor="t", via="test") for name in ("activity_log", "plugin_logs")
+    )
+    released.query(f"UPDATE paperclip_worker.runs SET {change}")
+    with pytest.raises(Refused):
+        operations.runner().work(first, seconds=60)
+    operations.stop(str(second))
+    assert [operations.result(run)["state"] for run in (first, second)] == ["failed", "stopped"]
+    evidence = operations.result(first)["receipt"]["evidence"]
+    assert evidence == {"index": "not written: the job is not known"}
+
+
+# -- the rescue -----------------------------------------------------------------------------------------
+
+
+class _Deaf(Site):
+    """A worker's rescue whose messages are counted and go nowhere."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        settings = deployment.operations.settings
+        super().__init__(settings, timetable.load(settings), make(settings))
+        self.sent: list[UUID] = []
+        deployment.opened.append(self.operations)
+
+    def enqueue(self, run: UUID, number: int = 1, *, after: float = 0) -> None:
+        assert (number, after) == (1, 0)
+        self.sent.append(run)
+
+
+def _age(deployment: Deployment) -> None:
+    """As if nothing had moved for a day."""
+    for table in ("runs", "shards"):
+        deployment.query(f"UPDATE paperclip_worker.{table} SET touched_at = now() - interval '1 day'")
+
+
+def test_a_run_that_cannot_be_helped_keeps_no_help_from_others(
+    released: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = released.operations.start(PruneLogs(table="plugin_logs"), actor="t", via="test")
+    good = released.operations.start(PruneLogs(), actor="t", via="test")
+    released.query("UPDATE paperclip_worker.runs SET rescues = %s WHERE id = %s", MOST_RESCUES, bad)
+    site, given_up = _Deaf(released), list[UUID]()
+
+    def fails(run: UUID, _: str) -> None:
+        given_up.append(run)
+        raise RuntimeError
+
+    monkeypatch.setattr(site.runner, "give_up", fails)
+    for _ in range(2):
+        _age(released)
+        # Whichever comes first.
+        site.rescue()
+    assert given_up == [bad, bad]
+    assert site.sent == [good, good]
+    assert released.query("SELECT rescues FROM paperclip_worker.runs WHERE id = %s", good) == [(2,)]
+
+
+def test_a_run_that_is_resumed_is_rescued_as_often_as_a_new_one(released: Deployment) -> None:
+    run = released.operations.start(PruneLogs(), actor="t", via="test")
+    site = _Deaf(released)
+    for _ in range(MOST_RESCUES + 1):
+        _age(released)
+        site.rescue()
+    assert released.operations.result(run)["state"] == "failed"
+    released.operations.resume(str(run))
+    _age(released)
+    site.rescue()
+    assert released.operations.result(run)["state"] == "queued"
+    assert site.sent == [run] * (MOST_RESCUES + 1)

@@ -1,0 +1,286 @@
+"""A prune in a deployment that is not as delivered: its settings, keys and types must cost no value and no row."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta, tzinfo
+
+import pytest
+import zstandard
+from psycopg import sql
+
+from tasks.prune_logs import PruneLogs
+from tasks.restore_logs import RestoreLogs
+from tests.cli.helpers import INLINE, keys, refused, world
+from tests.conftest import Deployment
+from tests.promises.archived import complete, content, objects_of, prune, restore, store_of
+from worker.params import RunId
+
+LOGS = ("--table", "plugin_logs", "--older-than", "20d")
+
+
+def _database(deployment: Deployment) -> str:
+    return deployment.environment["DATABASE_URL"].rpartition("/")[2]
+
+
+def _set(deployment: Deployment, setting: str) -> None:
+    """A setting of the database's, for whoever connects from now on."""
+    deployment.query(f"ALTER DATABASE {_database(deployment)} SET {setting}")
+    deployment.operations.close()
+
+
+def _reset(deployment: Deployment) -> None:
+    deployment.query(f"SET TRANSACTION READ WRITE; ALTER DATABASE {_database(deployment)} RESET ALL")
+    for one in deployment.opened:
+        one.close()
+
+
+def _refused(deployment: Deployment, *words: str, says: str) -> str:
+    """The line by which a prune of plugin_logs is refused; nothing has changed."""
+    before = (world(deployment), keys(deployment))
+    line = refused(deployment, *INLINE, *(words or LOGS), says=says)
+    assert (world(deployment), keys(deployment)) == before
+    return line
+
+
+# -- how values become text -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "setting"),
+    [
+        ("float8", "0.1::float8 + 0.2::float8", "extra_float_digits = 0"),
+        ("bytea", "'\\x00ff'", "bytea_output = 'escape'"),
+        ("interval", "'-1 days -02:03:04'", "intervalstyle = 'sql_standard'"),
+        ("timestamptz", "'2026-05-01 10:00:00.123456+02'", "datestyle = 'SQL, DMY'"),
+    ],
+)
+def test_what_a_role_has_set_changes_no_value(released: Deployment, kind: str, value: str, setting: str) -> None:
+    """Set while rows are archived and not when they come back, and the other way round."""
+    released.query(f"ALTER TABLE plugin_logs ADD own {kind}")
+    released.query(f"UPDATE plugin_logs SET own = {value}")
+    before = content(released, "plugin_logs")
+    _set(released, setting)
+    first = prune(released, "plugin_logs")
+    _reset(released)
+    restore(released, first)
+    assert content(released, "plugin_logs") == before
+    second = prune(released, "plugin_logs")
+    _set(released, setting)
+    restore(released, second)
+    _reset(released)
+    assert content(released, "plugin_logs") == before
+
+
+@pytest.mark.parametrize("by", ["environment", "database"])
+def test_an_archive_is_utf_8_whatever_clients_speak(released: Deployment, by: str) -> None:
+    released.query("UPDATE plugin_logs SET message = 'größe 界', meta = NULL")
+    before = content(released, "plugin_logs")
+    env = {"PGCLIENTENCODING": "LATIN1"} if by == "environment" else {}
+    if by == "database":
+        _set(released, "client_encoding = 'LATIN1'")
+    run = json.loads(released.cli(*INLINE, *LOGS, "--json", env=env).stdout)["run"]
+    _reset(released)
+    packed = b"".join(store_of(released).read(objects_of(released, run)[0]))
+    assert "größe 界" in zstandard.ZstdDecompressor().stream_reader(packed).read().decode()
+    released.cli("run", "restore-logs", "--run", run, "--inline", env=env)
+    assert content(released, "plugin_logs") == before
+
+
+def test_a_default_of_reading_only_does_not_bind_the_worker(released: Deployment) -> None:
+    _set(released, "default_transaction_read_only = on")
+    assert prune(released, "plugin_logs")
+    released.cli("holds", "add", "--table", "activity_log", "--reason", "x")
+    _reset(released)
+
+
+# -- rows that a role does not see ----------------------------------------------------------------------
+
+
+@contextmanager
+def _as_least(deployment: Deployment) -> Iterator[dict[str, str]]:
+    """The environment of a role with just the printed grants."""
+    role = f"least_{_database(deployment)}"
+    deployment.query(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
+    deployment.query(deployment.cli("db", "grants", "--role", role).stdout)
+    try:
+        yield {"DATABASE_URL": re.sub(r"//[^@]*@", f"//{role}:x@", deployment.environment["DATABASE_URL"])}
+    finally:
+        deployment.query(f"DROP OWNED BY {role}")
+        deployment.query(f"DROP ROLE {role}")
+
+
+@pytest.mark.parametrize("table", ["issues", "activity_log"])
+def test_rows_that_a_policy_hides_stop_the_prune(released: Deployment, table: str) -> None:
+    """An open issue that is not seen keeps nothing; a row that is not seen is not old."""
+    released.query(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+    with _as_least(released) as env:
+        before = (world(released), keys(released))
+        refused(released, *INLINE, says="row level security", env=env)
+        assert (world(released), keys(released)) == before
+
+
+# -- what hangs on a row --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["CASCADE", "SET NULL", "SET DEFAULT"])
+def test_rows_that_would_go_or_change_with_it_refuse_the_prune(released: Deployment, action: str) -> None:
+    released.query(
+        f"CREATE TABLE notes (id serial PRIMARY KEY, log uuid REFERENCES activity_log ON DELETE {action}); "
+        "INSERT INTO notes (log) SELECT id FROM activity_log"
+    )
+    _refused(released, "--older-than", "90d", says="rows of notes refer to activity_log by log")
+    refused(released, "plan", "prune-logs", says="rows of notes refer to activity_log by log")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TABLE plugin_logs_eu (region text) INHERITS (plugin_logs)",
+        "ALTER TABLE plugin_logs RENAME TO old; CREATE TABLE plugin_logs (LIKE old) PARTITION BY RANGE (created_at)",
+    ],
+)
+def test_a_log_whose_rows_lie_in_other_tables_is_not_pruned(released: Deployment, statement: str) -> None:
+    for one in statement.split(";"):
+        released.query(one)
+    _refused(released, says="plugin_logs is partitioned, or other tables inherit from it")
+
+
+# -- columns of other releases --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ("CREATE DOMAIN doc AS jsonb", "ALTER TABLE plugin_logs ADD own doc"),
+        ("ALTER TABLE plugin_logs ADD own jsonb[]",),
+        ("CREATE TYPE pair AS (a int, b json)", "ALTER TABLE plugin_logs ADD own pair"),
+        ("CREATE TYPE pair AS (a int, b int)", "CREATE DOMAIN two AS pair", "ALTER TABLE plugin_logs ADD own two[]"),
+        (
+            "CREATE TYPE grade AS ENUM ('a', 'b')",
+            "CREATE FUNCTION of(grade) RETURNS json LANGUAGE sql IMMUTABLE AS $$ SELECT '1'::json $$",
+            "CREATE CAST (grade AS json) WITH FUNCTION of(grade)",
+            "ALTER TABLE plugin_logs ADD own grade",
+        ),
+    ],
+)
+def test_a_type_that_json_does_not_give_back_refuses_the_archive(
+    released: Deployment, statements: tuple[str, ...]
+) -> None:
+    for one in statements:
+        released.query(one)
+    _refused(released, says="an archive would not give back the values of own")
+    released.cli(*INLINE, *LOGS, "--without-archive")
+
+
+def test_other_types_come_back(released: Deployment) -> None:
+    """Among them an enum, a domain, arrays, ranges, and a column that the server computes."""
+    for one in (
+        "CREATE TYPE grade AS ENUM ('a', 'b')",
+        "CREATE DOMAIN short AS varchar(9)",
+        "ALTER TABLE plugin_logs ADD e grade DEFAULT 'b', ADD d short DEFAULT 'x', ADD da short[] DEFAULT '{x,NULL}'",
+        "ALTER TABLE plugin_logs ADD r int4range DEFAULT '[1,3)', ADD n numeric DEFAULT 'NaN'",
+        "ALTER TABLE plugin_logs ADD m money DEFAULT 1.5",
+        "ALTER TABLE plugin_logs ADD f float4[] DEFAULT '{NaN,-0,1e-40}', ADD i inet DEFAULT '::1'",
+        "ALTER TABLE plugin_logs ADD b bit(3) DEFAULT B'101', ADD t tsvector DEFAULT 'a b', ADD archived boolean",
+        "ALTER TABLE plugin_logs ADD g text GENERATED ALWAYS AS (upper(message)) STORED",
+    ):
+        released.query(one)
+    before = content(released, "plugin_logs")
+    restore(released, prune(released, "plugin_logs"))
+    assert content(released, "plugin_logs") == before
+
+
+@pytest.mark.parametrize("age", ["-infinity", "0044-03-15 BC", "0001-01-01 00:00:00+14"])
+@pytest.mark.parametrize("table", ["activity_log", "plugin_logs"])
+def test_an_age_before_all_calendars(released: Deployment, table: str, age: str) -> None:
+    oldest = sql.SQL("(SELECT id FROM {t} WHERE company_id IS NOT NULL ORDER BY created_at LIMIT 3)")
+    name = sql.SQL("UPDATE {t} SET created_at = %s WHERE id IN " + oldest.as_string())
+    released.query(name.format(t=sql.Identifier(table)).as_string(), age)
+    before = content(released, table)
+    ((overdue,),) = [
+        (one.rows,) for one in released.operations.overdue(PruneLogs(table=table, older_than=timedelta(days=20)))
+    ]
+    assert overdue > 0
+    run = prune(released, table, bite_rows="2")
+    count = sql.SQL("SELECT count(*) FROM {t} WHERE created_at = %s").format(t=sql.Identifier(table))
+    restore(released, run)
+    assert content(released, table) == before
+    assert released.query(count.as_string(), age) == [(3,)]
+
+
+def test_an_age_without_a_timezone_is_refused(released: Deployment) -> None:
+    released.query("ALTER TABLE plugin_logs ALTER created_at TYPE timestamp")
+    _refused(released, says="plugin_logs.created_at is timestamp without time zone")
+
+
+# -- what the host forbids ------------------------------------------------------------------------------
+
+
+def test_a_trigger_that_forbids_the_delete_is_named_by_its_state_and_never_by_its_text(released: Deployment) -> None:
+    released.query("UPDATE plugin_logs SET message = 'hunter2'")
+    released.query(
+        "CREATE FUNCTION forbid() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION 'append only: %', OLD; END $$"
+    )
+    released.query("CREATE TRIGGER forbid BEFORE DELETE ON plugin_logs FOR EACH ROW EXECUTE FUNCTION forbid()")
+    before = content(released, "plugin_logs")
+    done = released.cli(*INLINE, *LOGS, ok=False)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "the database refuses a statement (SQLSTATE P0001)" in done.stderr
+    assert "hunter2" not in done.stderr
+    assert content(released, "plugin_logs") == before
+    ((state, error),) = released.query("SELECT state, error FROM paperclip_worker.runs")
+    assert (state, "P0001" in error, "hunter2" in error) == ("failed", True, False)
+
+
+# -- the clock ------------------------------------------------------------------------------------------
+
+
+class _Ahead(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> _Ahead:
+        return super().now(tz) + timedelta(days=60)
+
+
+def test_the_age_is_counted_by_the_databases_clock(released: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker whose own clock runs ahead must not take what is not old yet."""
+    monkeypatch.setattr("worker.operations.datetime", _Ahead)
+    result = complete(released, PruneLogs())
+    horizon = datetime.fromisoformat(result["receipt"]["horizon"])
+    ((distance,),) = released.query("SELECT abs(extract(epoch FROM %s - clock_timestamp()))", horizon)
+    assert distance < 600
+
+
+# -- what came back while a prune stood still -----------------------------------------------------------
+
+
+def test_a_prune_of_which_rows_were_put_back_does_not_go_on(released: Deployment) -> None:
+    """It would take them again, under the very names its objects have already."""
+    small = released.with_settings(bite_rows="50")
+    run = small.start(PruneLogs(), actor="tester", via="test")
+    while not small.result(run)["bites"]:
+        small.runner().work(run, seconds=0)
+    small.stop(str(run))
+    back = complete(released, RestoreLogs(run=RunId(str(run))))
+    assert back["rows"] > 0
+    before = (world(released), keys(released))
+    says = f"run {run} cannot go on: run {back['run']} has put rows of it back"
+    refused(released, "runs", "resume", str(run), "--inline", says=says)
+    assert (world(released), keys(released)) == before
+    assert complete(released, PruneLogs())["kept"]
+
+
+def test_a_company_policy_does_not_hide_rows_of_no_company(released: Deployment) -> None:
+    ((company,),) = released.query("SELECT id::text FROM companies LIMIT 1")
+    none = "SELECT count(*) FROM plugin_logs WHERE company_id IS NULL AND created_at < now() - interval '20 days'"
+    assert released.query(none) != [(0,)]
+    released.cli(
+        "policy", "set", "--table", "plugin_logs", "--company", company, "--keep", "300d", "--reason", "x", "--yes"
+    )
+    assert complete(released, PruneLogs(table="plugin_logs", older_than=timedelta(days=20)))["kept"]
+    assert released.query(none) == [(0,)]
