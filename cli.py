@@ -8,6 +8,7 @@ import click
 
 from worker import commands
 from worker.errors import Exit, WorkerError
+from worker.params import is_text
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -40,6 +41,9 @@ for _command in commands.all_commands():
 
 def main() -> None:
     """Run the command line; every refusal and failure is one sentence on stderr and an exit status."""
+    if not all(map(is_text, sys.argv[1:])):
+        _complain("an argument is not UTF-8")
+        sys.exit(Exit.REFUSED)
     try:
         status = cli.main(prog_name="paperclip-worker", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

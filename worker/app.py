@@ -155,7 +155,10 @@ def require_broker(app: Celery) -> None:
         with app.connection_for_write(connect_timeout=3) as connection:
             connection.ensure_connection(max_retries=1, timeout=3)
     except (OSError, OperationalError) as error:
-        raise Refused("PAPERCLIP_WORKER_BROKER_URL: the broker does not answer; start it, or use --inline") from error
+        raise Refused(
+            "PAPERCLIP_WORKER_BROKER_URL: the broker does not answer, or refuses the login; "
+            "start it, or run jobs with --inline"
+        ) from error
 
 
 def _configuration(settings: Settings, times: Timetable) -> dict[str, Any]:
@@ -217,12 +220,13 @@ def beat_schedule(settings: Settings, times: Timetable) -> dict[str, Any]:
     return entries
 
 
-def run_worker(settings: Settings, *, concurrency: int) -> None:
-    """Run a worker in this process until it is told to stop; SIGTERM lets the bites in flight finish."""
-    logs.configure()
+def run_worker(settings: Settings, *, concurrency: int) -> int:
+    """Run a worker in this process until it is told to stop; SIGTERM lets the bites in flight finish.
+
+    Returns the exit status that Celery has for its end.
+    """
+    _speak()
     operations = Operations(settings)
-    # Its news of every client is noise beside ours.
-    logging.getLogger("botocore").setLevel(logging.WARNING)
     # Refuse at start what would fail every message: key, database, ledger.
     try:
         operations.check_ready()
@@ -235,21 +239,27 @@ def run_worker(settings: Settings, *, concurrency: int) -> None:
         from worker import metrics  # noqa: PLC0415 - only where a port is configured
 
         metrics.serve(operations, times, settings.metrics_port)
-    app.worker_main(
-        ["worker", f"--concurrency={concurrency}", "--loglevel=INFO", "--without-gossip", "--without-mingle"]
-    )
+    words = ["worker", f"--concurrency={concurrency}", "--loglevel=INFO", "--without-gossip", "--without-mingle"]
+    return int(app.start(argv=words) or 0)
 
 
 def run_beat(settings: Settings) -> None:
-    """Run beat in this process until it is told to stop."""
-    logs.configure()
+    """Run beat in this process until it is told to stop. Refused when the broker does not answer."""
+    _speak()
     operations = Operations(settings)
     try:
         operations.check_ready()
-        times = timetable.of(operations)
+        app = make(settings, times := timetable.of(operations))
+        require_broker(app)
         with suppress(Contended), operations.transaction() as connection:
             # Contended: another beat that starts at this moment notes the same.
             standing.note(connection, times)
     finally:
         operations.close()
-    make(settings, times).Beat(loglevel="INFO").run()
+    app.Beat(loglevel="INFO").run()
+
+
+def _speak() -> None:
+    logs.configure()
+    # Its news of every client is noise beside ours.
+    logging.getLogger("botocore").setLevel(logging.WARNING)

@@ -53,7 +53,14 @@ class Receipt:
     at: datetime
 
     def to_json(self) -> dict[str, Any]:
-        return {**json.loads(self.body), "hash": self.hash, "signature": self.signature}
+        """All of it as one object. Refused when somebody has made the body something else."""
+        try:
+            body = json.loads(self.body)
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            raise Refused(f"receipt {self.seq} is not what was signed: its body is no JSON object; `receipts verify`")
+        return {**body, "hash": self.hash, "signature": self.signature}
 
 
 @dataclass(frozen=True, kw_only=True)

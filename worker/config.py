@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
@@ -24,7 +25,7 @@ from pydantic import (
 )
 
 from worker.errors import Refused, SettingsError
-from worker.params import duration
+from worker.params import duration, is_text
 
 OUR_PREFIX = "PAPERCLIP_WORKER_"
 _LONGEST_LOCK = timedelta(days=36_500)  # S3's own bound
@@ -159,8 +160,13 @@ class Settings(BaseModel):
     def _a_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
             parts = urlsplit(value.get_secret_value())
-            if parts.scheme not in {"redis", "rediss"} or not parts.hostname:
+            if parts.scheme not in {"redis", "rediss"} or not parts.hostname or not _has_port(parts):
                 raise ValueError("must be a redis:// or rediss:// URL with a host")
+            if not re.fullmatch(r"/?[0-9]{0,4}", parts.path):
+                raise ValueError("must end in the number of a database, such as /0")
+            if any(not name.startswith("ssl_") for name, _ in parse_qsl(parts.query, keep_blank_values=True)):
+                # The parts of Celery do not understand the same others.
+                raise ValueError("may have no options but ssl_... (the password stands before the host)")
         return value
 
     @field_validator("s3_endpoint")
@@ -168,7 +174,7 @@ class Settings(BaseModel):
     def _an_http_url(cls, value: str | None) -> str | None:
         if value is not None:
             parts = urlsplit(value)
-            if parts.scheme not in {"http", "https"} or not parts.hostname:
+            if parts.scheme not in {"http", "https"} or not parts.hostname or not _has_port(parts):
                 raise ValueError("must be an http:// or https:// URL")
         return value
 
@@ -227,6 +233,14 @@ class Settings(BaseModel):
         return _given(self.broker_url, Need.BROKER)
 
 
+def _has_port(parts: SplitResult) -> bool:
+    """Whether a URL's port is one, or left out."""
+    try:
+        return parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+
+
 def _given(value: SecretStr | None, need: Need) -> str:
     if value is None:
         raise SettingsError(f"{need.value} is not set")
@@ -255,6 +269,10 @@ def load(environ: Mapping[str, str] | None = None, *, needs: Iterable[Need] = ()
         if name.startswith(OUR_PREFIX) and name not in known | _NOT_SETTINGS
     ]
     given: dict[str, Any] = {name: environ[name] for name in known if environ.get(name)}
+    for name in sorted(given):
+        if not is_text(given[name]):
+            faults.append(f"{name} is not UTF-8")
+            del given[name]
     faults += _read_files(given)
     settings = None
     try:

@@ -104,7 +104,7 @@ def transaction(
 
 
 def _begin(connection: sa.Connection, first: str | None, *, read_only: bool) -> None:
-    """What must come before the snapshot. Refused on a standby, unless it is only read."""
+    """What must come before the snapshot. DatabaseGone on a standby, unless it is only read."""
     # What the role or database has as its default does not count.
     statements = ["SET TRANSACTION READ WRITE"] * (not read_only) + [first] * (first is not None)
     if not statements:
@@ -113,7 +113,10 @@ def _begin(connection: sa.Connection, first: str | None, *, read_only: bool) -> 
         connection.exec_driver_sql("; ".join(filter(None, statements)))
     except exc.DBAPIError as error:
         if isinstance(error.orig, pg.FeatureNotSupported):
-            raise Refused("DATABASE_URL: the server is a standby and takes no change; name the primary") from error
+            # In a failover it passes.
+            raise DatabaseGone(
+                "DATABASE_URL: the server is a standby and takes no change; name the primary"
+            ) from error
         raise
 
 
@@ -187,7 +190,12 @@ def _translate(error: exc.DBAPIError | psycopg.Error) -> Exception:
 
 _MEANING: tuple[tuple[tuple[type[Exception], ...], type[Exception], str], ...] = (
     (_CONTENDED, Contended, "another transaction holds these rows"),
-    ((pg.QueryCanceled,), Contended, "a statement ran longer than PAPERCLIP_WORKER_STATEMENT_TIMEOUT"),
+    (
+        (pg.QueryCanceled,),
+        Contended,
+        "a statement ran longer than PAPERCLIP_WORKER_STATEMENT_TIMEOUT, or for plan and verify "
+        "PAPERCLIP_WORKER_SCAN_TIMEOUT",
+    ),
     (
         (pg.InvalidPassword, pg.InvalidAuthorizationSpecification, pg.InvalidCatalogName),
         Refused,

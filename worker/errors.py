@@ -26,6 +26,10 @@ class Refused(WorkerError):
     exit_code = Exit.REFUSED
 
 
+class Interrupted(WorkerError):
+    """An operator cut a run off within a bite, which is rolled back; what was done before it stays done."""
+
+
 class UnderWay(WorkerError):
     """The same work is already being done by another run."""
 

@@ -21,7 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from worker import anchors, backlog, ledger, standing
-from worker.errors import WorkerError
+from worker.errors import Refused, WorkerError
 from worker.ledger import RUNS, SHARDS
 from worker.logs import log
 from worker.masterkeys import MASTER_KEYS
@@ -225,7 +225,10 @@ def samples(collector: Collector) -> list[dict[str, Any]]:
 
 
 def serve(operations: Operations, times: Timetable, port: int) -> None:
-    """Answer scrapes on `port` in a thread of this process."""
+    """Answer scrapes on `port` in a thread of this process. Refused when the port cannot be had."""
     registry = CollectorRegistry()
     registry.register(_Answering(LedgerCollector(operations, times)))
-    start_http_server(port, registry=registry)
+    try:
+        start_http_server(port, registry=registry)
+    except OSError as error:
+        raise Refused(f"PAPERCLIP_WORKER_METRICS_PORT: {port} cannot be served on ({error.strerror})") from error

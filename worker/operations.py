@@ -62,9 +62,9 @@ class Operations:
             return found
 
     def check_ready(self) -> None:
-        """Raise what would fail every run: signing key, database, ledger, bucket."""
+        """Raise what would fail every run: signing key, a database that takes no change, ledger, bucket."""
         self.runner()
-        with self.transaction(read_only=True) as connection:
+        with self.transaction() as connection:
             ledger.require(connection)
             layouts.detect(connection)
         if self.store is not None:

@@ -72,6 +72,11 @@ def _param(field: dataclasses.Field[Any], hint: Any) -> Param:
     )
 
 
+def is_text(value: str) -> bool:
+    """Whether what the operating system gave us is text: Python smuggles bytes that are not as lone surrogates."""
+    return not any("\ud800" <= one <= "\udfff" for one in value)
+
+
 def duration(text: str) -> timedelta:
     """`90d`, `12h`, `30m` or `2w` as a timedelta. Refused when it is not such a text, or is zero."""
     # A file or a ledger row may hold any JSON value here.

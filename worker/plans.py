@@ -129,6 +129,7 @@ class Plan:
 
 
 _STAMP = "%Y%m%dT%H%M%S.%fZ"
+_FIRST_YEAR = 2000
 
 
 def horizon_of(plan_hash: str, *, now: datetime) -> datetime:
@@ -138,7 +139,8 @@ def horizon_of(plan_hash: str, *, now: datetime) -> datetime:
         horizon = datetime.strptime(stamp, _STAMP).replace(tzinfo=UTC)
     except ValueError:
         horizon = None
-    if horizon is None or len(rest) != 24:
+    # No plan is older than the app; the first years have no room for an age to be taken off.
+    if horizon is None or len(rest) != 24 or horizon.year < _FIRST_YEAR:
         raise Refused("--plan is not the hash of a plan; take it from `paperclip-worker plan JOB`")
     if horizon > now + timedelta(minutes=5):
         raise Refused("--plan has a horizon in the future; make the plan again")

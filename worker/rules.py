@@ -44,7 +44,7 @@ def add_hold(
     deployment: Operations, *, kind: str, name: str, reason: str, actor: str, until: datetime | None
 ) -> Hold:
     """Put a hold on a company, user, task or table. In force for every bite that commits after this returns."""
-    _require_reason(reason)
+    require_reason(reason)
     if until is not None and until <= datetime.now(UTC):
         raise Refused(f"--until: {until.isoformat()} is past")
     with holds.still(deployment) as connection:
@@ -64,7 +64,7 @@ def look_at_release(deployment: Operations, name: str, jobs: Iterable[Job]) -> t
 
 def release_hold(deployment: Operations, hold: Hold, *, reason: str, actor: str) -> None:
     """Release a hold; its row stays as evidence."""
-    _require_reason(reason)
+    require_reason(reason)
     with deployment.transaction() as connection:
         holds.release(connection, holds.find(connection, str(hold.id)).id, actor=actor, reason=reason)
 
@@ -108,7 +108,7 @@ def set_policy(
 
     Refused under the floor, over the ceiling, and when there is nothing to take back.
     """
-    _require_reason(reason)
+    require_reason(reason)
     with holds.still(deployment) as connection:
         ledger.require(connection)
         _check(deployment, retention.versions(connection, table=table), company, keep)
@@ -144,6 +144,7 @@ def _ready(connection: sa.Connection) -> Layout:
     return layouts.detect(connection)
 
 
-def _require_reason(reason: str) -> None:
+def require_reason(reason: str) -> None:
+    """Refused when nothing is said."""
     if not reason.strip():
         raise Refused("--reason is empty; say why, it is kept as evidence")

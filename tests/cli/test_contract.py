@@ -256,7 +256,7 @@ def test_receipts_are_listed_and_shown(chain: Deployment) -> None:
     assert len(chain.json("receipts", "list", "--limit", "2")["receipts"]) == 2
     shown = chain.json("receipts", "show", "2")
     assert shown == listed[1]
-    body = chain.cli("receipts", "show", "2").stdout.removesuffix("\n")
+    body = chain.cli("receipts", "show", "2").stdout
     assert hashlib.sha256(body.encode()).hexdigest() == shown["hash"]
     assert json.loads(body)["prev"] == listed[2]["hash"]
 

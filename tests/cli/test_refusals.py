@@ -58,6 +58,25 @@ _SETTINGS: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
         (*PRUNE, "--yes"),
         "BROKER_URL.*does not answer.*--inline",
     ),
+    "no broker for beat": (
+        {"PAPERCLIP_WORKER_BROKER_URL": f"redis://someone:hunter2@127.0.0.1:{_SHUT}/0"},
+        ("beat",),
+        "BROKER_URL: the broker does not answer, or refuses the login",
+    ),
+    "no port of a broker": ({"PAPERCLIP_WORKER_BROKER_URL": "redis://h:99999/0"}, ("beat",), "BROKER_URL must be a"),
+    "a port in words": ({"PAPERCLIP_WORKER_BROKER_URL": "redis://h:abc/0"}, ("ping",), "BROKER_URL must be a redis"),
+    "no number of a database": (
+        {"PAPERCLIP_WORKER_BROKER_URL": "redis://h:1/abc"},
+        ("worker",),
+        "BROKER_URL must end in the number of a database",
+    ),
+    "options of a broker": (
+        {"PAPERCLIP_WORKER_BROKER_URL": "redis://h:1/0?password=hunter2"},
+        ("ping",),
+        "BROKER_URL may have no options but ssl_",
+    ),
+    "no port of a store": ({"PAPERCLIP_STORAGE_S3_ENDPOINT": "http://h:99999"}, PLAN, "S3_ENDPOINT must be"),
+    "no text": ({"PAPERCLIP_WORKER_S3_PREFIX": "a\udcff/"}, PLAN, "PAPERCLIP_WORKER_S3_PREFIX is not UTF-8"),
     "broker unset": ({"PAPERCLIP_WORKER_BROKER_URL": ""}, (*PRUNE, "--yes"), "BROKER_URL is not set"),
     "no store": ({"PAPERCLIP_STORAGE_S3_ENDPOINT": f"http://127.0.0.1:{_SHUT}"}, INLINE, "cannot be reached"),
     "no such bucket": ({"PAPERCLIP_WORKER_S3_BUCKET": "no-such-bucket"}, INLINE, "no-such-bucket.*NoSuchBucket"),
@@ -123,6 +142,16 @@ def test_a_wrong_password_is_not_repeated(standing: Deployment, watch: Watch) ->
     assert "hunter2" not in line
     url = f"{standing.environment['DATABASE_URL']}_not_there"
     refused(standing, *INLINE, says="DATABASE_URL", env={"DATABASE_URL": url})
+    watch.check_unchanged()
+
+
+def test_a_metrics_port_that_another_has(standing: Deployment, watch: Watch) -> None:
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))  # noqa: S104 - as the exposition is served
+        other.listen()
+        port = str(other.getsockname()[1])
+        says = f"PAPERCLIP_WORKER_METRICS_PORT: {port} cannot be served on"
+        refused(standing, "worker", says=says, env={"PAPERCLIP_WORKER_METRICS_PORT": port})
     watch.check_unchanged()
 
 

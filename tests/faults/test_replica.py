@@ -15,6 +15,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
+from tests.cli.helpers import INLINE, refused
 from tests.conftest import NOW, ROWS, Deployment
 from tests.faults.evidence import begin, check_kept, rows, wait
 from worker import embedded, ledger
@@ -157,3 +158,20 @@ def test_a_run_rests_while_wal_is_not_archived(watched: Deployment) -> None:
             relieve=lambda: archive_by("true"),
         )
     check_kept(watched, run, before)
+
+
+def test_a_standby_is_refused_by_whatever_would_write(watched: Deployment, standby: Postgres) -> None:
+    env = {"DATABASE_URL": standby.url("watched")}
+    with psycopg.connect(standby.url("postgres"), autocommit=True) as replica:
+        wait(
+            lambda: (
+                replica.execute("SELECT count(*) = 1 FROM pg_database WHERE datname = 'watched'").fetchone()
+                == (True,)
+            )
+        )
+    hold = ("holds", "add", "--table", "activity_log", "--reason", "x")
+    for words in (INLINE, hold, ("db", "init"), ("worker",), ("beat",), ("runs", "stop", "last")):
+        refused(watched, *words, says="DATABASE_URL: the server is a standby and takes no change", env=env)
+    # To look is no change.
+    watched.cli("plan", "prune-logs", env=env)
+    watched.cli("runs", "list", env=env)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import getpass
 import json
 import math
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 import click
 
-from worker.errors import Exit, Refused, WorkerError
+from worker.errors import Exit, Interrupted, Refused, WorkerError
 
 if TYPE_CHECKING:
     from worker.config import Need, Settings
@@ -76,7 +78,7 @@ def login() -> str:
 
 def require_answer(*, yes: bool, as_json: bool, what: str, other: str = "") -> None:
     """Refused, before anything is shown, where nobody could answer and no option has answered already."""
-    if not yes and (as_json or not sys.stdin.isatty()):
+    if not yes and (as_json or not _terminal(sys.stdin)):
         raise Refused(f"{what}: look at it first, then confirm with --yes{other}")
 
 
@@ -90,13 +92,23 @@ def print_rows(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Tab-separated lines with a header, for eyes and for cut(1)."""
     click.echo("\t".join(header))
     for row in rows:
-        click.echo("\t".join("-" if cell is None else str(cell) for cell in row))
+        click.echo("\t".join("-" if cell is None else _on_one_line(str(cell)) for cell in row))
+
+
+def _on_one_line(text: str) -> str:
+    """What somebody entered, with its tabs, line breaks and other controls written out: they would fake a cell."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def talk(text: str) -> None:
     """Say something to a person at a terminal; scripts see nothing of it."""
-    if sys.stderr.isatty():
+    if _terminal(sys.stderr):
         click.echo(text, err=True)
+
+
+def _terminal(stream: IO[str] | None) -> bool:
+    """Whether a person is at the other end; a stream that was closed before the start is None."""
+    return stream is not None and stream.isatty()
 
 
 def number(value: int) -> str:
@@ -124,21 +136,49 @@ def follow(deployment: Operations, run: UUID) -> bool:
     from worker.progress import follow as wait
 
     try:
-        wait(deployment, run, show=sys.stderr.isatty())
+        wait(deployment, run, show=_terminal(sys.stderr))
     except KeyboardInterrupt:
         return False
     return True
 
 
-def work_inline(deployment: Operations, run: UUID) -> None:
-    """Work on a run in this process. A fault that ended the run is for `report` to tell; any other is raised."""
+def detached(deployment: Operations, run: UUID, *, as_json: bool) -> Exit:
+    """Print where a run stands that its operator follows no more."""
+    if as_json:
+        print_json(deployment.result(run))
+    click.echo(f"detached; the run goes on: paperclip-worker runs watch {run}", err=True)
+    return Exit.KEPT
+
+
+def work_inline(deployment: Operations, run: UUID) -> bool:
+    """Work on a run in this process. A fault that ended the run is for `report` to tell; any other is raised.
+
+    False when Ctrl-C made it leave the run, after the batch in hand. A second one cuts that off: Interrupted.
+    """
     from worker.states import SETTLED
 
+    asked = threading.Event()
+
+    def leave(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        asked.set()
+        talk("the batch in hand is finished; Ctrl-C again cuts it off")
+
+    before = signal.signal(signal.SIGINT, leave)
     try:
-        deployment.runner().work(run, seconds=math.inf)
+        deployment.runner().work(run, seconds=math.inf, leave=asked.is_set)
+    except KeyboardInterrupt:
+        raise Interrupted(f"run {run} was cut off within a batch, which is rolled back; {_onward(run)}") from None
     except WorkerError:
         if deployment.find(str(run)).state not in SETTLED:
             raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return not asked.is_set()
+
+
+def _onward(run: UUID) -> str:
+    return f"`runs resume {run} --inline` goes on, `runs stop {run}` ends it"
 
 
 def report(deployment: Operations, run: UUID, *, as_json: bool) -> Exit:
@@ -149,7 +189,12 @@ def report(deployment: Operations, run: UUID, *, as_json: bool) -> Exit:
     else:
         print_result(result)
     if not result["kept"]:
-        why = result["error"] or "; ".join(one["what"] for one in result["findings"]) or "see `runs show`"
+        from worker.states import ACTIVE
+
+        under_way = _onward(run) if result["state"] in ACTIVE else None
+        why = (
+            under_way or result["error"] or "; ".join(one["what"] for one in result["findings"]) or "see `runs show`"
+        )
         click.echo(f"paperclip-worker: run {run} is {result['state']}: {why}", err=True)
     return exit_status(result["state"])
 

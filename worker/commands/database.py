@@ -93,7 +93,8 @@ def _jobs(layout: str, connection: object) -> dict[str, list[str]]:
     multiple=True,
     help="Only what this job needs; repeatable.  [default: all but those that handle the master key]",
 )
-def grants(role: str, layout: str | None, names: tuple[str, ...]) -> None:
+@common.json_option
+def grants(role: str, layout: str | None, names: tuple[str, ...], as_json: bool) -> None:
     """Print the SQL that gives a role just the privileges the jobs need. Changes nothing.
 
     Run it as the owner, after `db init`.
@@ -107,5 +108,8 @@ def grants(role: str, layout: str | None, names: tuple[str, ...]) -> None:
     if layout is None:
         with common.operations().transaction(read_only=True) as connection:
             layout = layouts.detect(connection).name
-    for statement in sql.statements(layouts.LAYOUTS[layout], role, jobs):
-        click.echo(statement + ";")
+    statements = [statement + ";" for statement in sql.statements(layouts.LAYOUTS[layout], role, jobs)]
+    if as_json:
+        common.print_json({"layout": layout, "role": role, "statements": statements})
+    else:
+        click.echo("\n".join(statements))

@@ -25,6 +25,9 @@ def holds() -> None:
     """
 
 
+_LAST_YEAR = 9000
+
+
 class _When(click.ParamType[datetime]):
     name = "date"
 
@@ -35,6 +38,8 @@ class _When(click.ParamType[datetime]):
             found = datetime.fromisoformat(value)
         except ValueError:
             self.fail(f"{value!r} is not a date such as 2027-01-31, or 2027-01-31T18:00+01:00", param, ctx)
+        if found.year > _LAST_YEAR:
+            self.fail(f"{value!r} is too far away; leave --until out for a hold without an end", param, ctx)
         return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
@@ -103,6 +108,7 @@ def release(*, hold: str, reason: str, yes: bool, actor: str | None, as_json: bo
     """
     from worker import rules
 
+    rules.require_reason(reason)
     deployment = common.operations()
     found, doomed = rules.look_at_release(deployment, hold, _scheduled(deployment))
     common.require_answer(yes=yes, as_json=as_json, what=f"{found.kind} {found.target} would no longer be held")

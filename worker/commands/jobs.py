@@ -176,8 +176,7 @@ def start(
     if inline:
         common.work_inline(deployment, run)
     elif not common.follow(deployment, run):
-        common.talk(f"detached; the run goes on: paperclip-worker runs watch {run}")
-        return Exit.KEPT
+        return common.detached(deployment, run, as_json=as_json)
     return common.report(deployment, run, as_json=as_json)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import click
 
 from worker.commands import common
@@ -37,6 +39,8 @@ def ping(beat: bool, here: bool, timeout: float, as_json: bool) -> int:
 
     if beat and here:
         raise click.UsageError("--here is about workers; leave it out with --beat")
+    if math.isnan(timeout):
+        raise click.UsageError("--timeout: nan is no number of seconds")
     settings = common.settings(Need.BROKER)
     from worker import liveness, logs
 

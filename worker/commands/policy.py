@@ -124,6 +124,7 @@ def _change(
 ) -> None:
     from worker import rules
 
+    rules.require_reason(reason)
     deployment = common.operations()
     whose, doomed = rules.look_at_policy(deployment, table=table, company=company, keep=keep)
     if doomed:

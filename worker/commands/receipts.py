@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,8 @@ def show(seq: int, as_json: bool) -> None:
     if as_json:
         common.print_json(_shown(receipt, anchored))
     else:
-        click.echo(receipt.body)
+        # In a file or a pipe nothing but what was signed.
+        click.echo(receipt.body, nl=sys.stdout.isatty())
 
 
 @receipts.command()

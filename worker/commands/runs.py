@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from worker.commands import common
-from worker.errors import Exit
+from worker.errors import Exit, Refused
 from worker.states import SETTLED, State
 
 
@@ -70,7 +70,7 @@ def watch(run: str, as_json: bool) -> int:
     deployment = common.operations()
     found = deployment.find(run)
     if not common.follow(deployment, found.id):
-        return Exit.KEPT
+        return common.detached(deployment, found.id, as_json=as_json)
     return common.report(deployment, found.id, as_json=as_json)
 
 
@@ -97,12 +97,13 @@ def resume(run: str, inline: bool, detach: bool, as_json: bool) -> int:
     """Take up a stopped, failed or stalled run at its cursors, with the horizon it had."""
     from worker.config import Need
 
+    if inline and detach:
+        raise Refused("--inline and --detach exclude each other")
     deployment = common.operations(Need.SIGNING, *([] if inline else [Need.BROKER]))
     send = None if inline else common.broker(deployment)
     found = deployment.resume(run)
     if send is None:
-        common.work_inline(deployment, found.id)
-        if deployment.find(str(found.id)).state not in SETTLED:
+        if common.work_inline(deployment, found.id) and deployment.find(str(found.id)).state not in SETTLED:
             common.talk("another worker has the rest of it in hand")
             common.follow(deployment, found.id)
     else:
@@ -114,5 +115,5 @@ def resume(run: str, inline: bool, detach: bool, as_json: bool) -> int:
                 click.echo(str(found.id))
             return Exit.KEPT
         if not common.follow(deployment, found.id):
-            return Exit.KEPT
+            return common.detached(deployment, found.id, as_json=as_json)
     return common.report(deployment, found.id, as_json=as_json)

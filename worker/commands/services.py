@@ -16,14 +16,14 @@ from worker.errors import Exit
     type=click.IntRange(1, 64),
     help="Processes that take bites at the same time.  [default: PAPERCLIP_WORKER_PARALLEL, or 2]",
 )
-def worker(concurrency: int | None) -> None:
+def worker(concurrency: int | None) -> int:
     """Run a worker: it takes bites of runs until told to stop. SIGTERM lets the bites in flight finish."""
     from worker.config import Need
 
     settings = common.settings(Need.DATABASE, Need.BROKER, Need.SIGNING)
     from worker import app
 
-    app.run_worker(settings, concurrency=concurrency or settings.parallel)
+    return app.run_worker(settings, concurrency=concurrency or settings.parallel)
 
 
 @click.command()
