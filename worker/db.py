@@ -106,11 +106,12 @@ def transaction(
 def _begin(connection: sa.Connection, first: str | None, *, read_only: bool) -> None:
     """What must come before the snapshot. DatabaseGone on a standby, unless it is only read."""
     # What the role or database has as its default does not count.
-    statements = ["SET TRANSACTION READ WRITE"] * (not read_only) + [first] * (first is not None)
+    statements = [] if read_only else ["SET TRANSACTION READ WRITE"]
+    statements += [first] if first else []
     if not statements:
         return
     try:
-        connection.exec_driver_sql("; ".join(filter(None, statements)))
+        connection.exec_driver_sql("; ".join(statements))
     except exc.DBAPIError as error:
         if isinstance(error.orig, pg.FeatureNotSupported):
             # In a failover it passes.

@@ -63,6 +63,7 @@ def end_early(means: Means, job: Job | None, run: Run, state: State, signer: Sig
         with means.connection.begin_nested():
             evidence = dict(job.index(means)) if job else {"index": "not written: the job is not known"}
     except Exception as fault:
+        # The store may be the very thing that failed; resuming the run writes the index.
         if isinstance(fault, DatabaseGone) or means.connection.invalidated:
             raise
         evidence = {"index": f"not written: {type(fault).__name__}"}

@@ -15,6 +15,7 @@ from uuid import UUID
 import click
 
 from worker.errors import Exit, Interrupted, Refused, WorkerError
+from worker.states import ACTIVE, SETTLED
 
 if TYPE_CHECKING:
     from worker.config import Need, Settings
@@ -155,8 +156,6 @@ def work_inline(deployment: Operations, run: UUID) -> bool:
 
     False when Ctrl-C made it leave the run, after the batch in hand. A second one cuts that off: Interrupted.
     """
-    from worker.states import SETTLED
-
     asked = threading.Event()
 
     def leave(*_: Any) -> None:
@@ -189,8 +188,6 @@ def report(deployment: Operations, run: UUID, *, as_json: bool) -> Exit:
     else:
         print_result(result)
     if not result["kept"]:
-        from worker.states import ACTIVE
-
         under_way = _onward(run) if result["state"] in ACTIVE else None
         why = (
             under_way or result["error"] or "; ".join(one["what"] for one in result["findings"]) or "see `runs show`"
