@@ -1,6 +1,6 @@
 """New ciphertext beside the tables: made ready for rows as they are, and swapped in by one statement.
 
-A row's place and version (ctid, xmin) name exactly one state of it: what was made ready for that state is swapped in
+A row's place and version (ctid, xmin) name exactly one state of that row: what was made ready for it is swapped in
 only while it lasts. Whoever changes a row makes it another, which is looked at again.
 """
 
@@ -19,6 +19,7 @@ from worker import db
 from worker.blocks import CTID
 from worker.ciphertext import VERSION, Ciphertext, of, xid
 from worker.db import Tid, Xid
+from worker.errors import Refused
 from worker.ledger import SCHEMA
 from worker.plans import Amount, Tally
 from worker.reseal import Census
@@ -42,6 +43,16 @@ RESEALED = sa.Table(
     sa.Column("value", postgresql.JSONB),
 )
 _COPY_IN = f"COPY {SCHEMA}.resealed FROM STDIN WITH (FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01')".encode()
+
+
+# Whether the host has something of its own happen when a row is updated.
+_MEDDLED = sa.text(
+    """
+    SELECT c.relhasrules OR EXISTS (
+        SELECT FROM pg_catalog.pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgenabled <> 'D')
+    FROM pg_catalog.pg_class c WHERE c.oid = to_regclass(format('public.%I', CAST(:name AS text)))
+    """
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +123,9 @@ class Aside:
             .where(
                 RESEALED.c.run_id == self._run,
                 RESEALED.c.carrier == carrier.name,
+                # Whose it is as well: after a rewrite of the table a row may be where another was that is gone since,
+                # in the same version when one transaction wrote both.
+                RESEALED.c.key == carrier.key,
                 of(carrier.table, CTID) == RESEALED.c.place,
                 of(carrier.table, VERSION) == RESEALED.c.version,
             )
@@ -130,6 +144,35 @@ class Aside:
         found = self._connection.execute(query.select_from(source))
         name = carrier.table.name
         return Tally({(name, row[0]): Amount(int(row[1]), int(row[2])) for row in found})
+
+    def require_taken(self) -> None:
+        """Refused when a row does not hold what was put in: then the key must not be exchanged."""
+        carrier = self._carrier
+        if not self._connection.execute(_MEDDLED, {"name": carrier.table.name}).scalar_one():
+            return
+        mine = self._connection.execute(sa.select(sa.cast(sa.func.pg_current_xact_id(), sa.Text))).scalar_one()
+        query = (
+            sa.select(sa.func.count())
+            .select_from(carrier.table)
+            .join(RESEALED, RESEALED.c.key == carrier.key)
+            .where(
+                RESEALED.c.run_id == self._run,
+                RESEALED.c.carrier == carrier.name,
+                carrier.column.is_distinct_from(RESEALED.c.value),
+                # In the state it was made ready for, or in one that this transaction made.
+                sa.or_(
+                    sa.and_(
+                        of(carrier.table, CTID) == RESEALED.c.place, of(carrier.table, VERSION) == RESEALED.c.version
+                    ),
+                    of(carrier.table, VERSION) == xid(mine),
+                ),
+            )
+        )
+        if rows := self._connection.execute(query).scalar_one():
+            raise Refused(
+                f"{rows} rows of {carrier.table.name} do not take new ciphertext: a trigger or rule of the host's "
+                "keeps them as they are; the key was not exchanged"
+            )
 
     def clear(self) -> None:
         """Forget what a run made ready."""

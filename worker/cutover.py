@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _WRITERS = 5.0
 _READERS = 0.5
 _PART = 0.8
+_BEYOND = 2.0
 _NOT_AVAILABLE = "55P03"
 # What was read before readers had to wait is opened meanwhile, with the old key. Measured: see test_writers.py.
 _OPENED = 0.05
@@ -61,8 +62,30 @@ def hold_off_writers(connection: sa.Connection, layout: Layout, *, seconds: floa
     Raises the driver's lock timeout when they take longer than a part of PostgreSQL's deadlock_timeout.
     """
     allow(connection, seconds=seconds)
+    _end_vacuum(connection, layout)
     # EXCLUSIVE also waits for rows locked to be updated, which would hold up our updates and could never be theirs.
     _lock(connection, layout, "EXCLUSIVE", seconds=min(_WRITERS, _PART * _deadlock_timeout(connection)))
+
+
+def _end_vacuum(connection: sa.Connection, layout: Layout) -> None:
+    """Have PostgreSQL end an autovacuum of one of these tables, as it does for whoever waits for its lock so long.
+
+    No lock is held yet, so that no deadlock can come of a wait beyond deadlock_timeout.
+    """
+    name = connection.execute(_VACUUMED, {"names": list(_names(connection, layout))}).scalar()
+    if name is not None:
+        _set(connection, "lock_timeout", f"{round(_BEYOND * _deadlock_timeout(connection) * 1000)}ms")
+        connection.exec_driver_sql(f"LOCK TABLE {name} IN EXCLUSIVE MODE")
+
+
+_VACUUMED = sa.text(
+    """
+    SELECT one FROM unnest(CAST(:names AS text[])) AS one
+    JOIN pg_locks held ON held.relation = CAST(one AS regclass) AND held.granted
+      AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    JOIN pg_stat_activity worker ON worker.pid = held.pid AND worker.backend_type = 'autovacuum worker' LIMIT 1
+    """
+)
 
 
 def hold_off_readers(connection: sa.Connection, layout: Layout) -> bool:

@@ -34,14 +34,22 @@ _COLUMNS = sa.text(
     JOIN pg_catalog.pg_namespace space ON space.oid = relation.relnamespace
     JOIN pg_catalog.pg_attribute attribute
       ON attribute.attrelid = relation.oid AND attribute.attnum > 0 AND NOT attribute.attisdropped
-    JOIN pg_catalog.pg_type type ON type.oid = attribute.atttypid
-    LEFT JOIN pg_catalog.pg_type element ON element.oid = type.typelem AND type.typcategory = 'A'
-    LEFT JOIN pg_catalog.pg_type base ON base.oid = type.typbasetype
-    WHERE relation.relkind = 'r' AND relation.relpersistence <> 't'
+    WHERE relation.relkind IN ('r', 'm') AND relation.relpersistence <> 't'
       AND pg_catalog.left(space.nspname::text, 3) <> 'pg_'
       AND space.nspname NOT IN ('information_schema', 'paperclip_worker')
-      AND (coalesce(element.typcategory, base.typcategory, type.typcategory) = 'S'
-           OR coalesce(element.typname, base.typname, type.typname) IN ('json', 'jsonb', 'xml', 'hstore'))
+      AND EXISTS (
+        -- Whatever a domain, an array or a composite type is made of.
+        WITH RECURSIVE parts (type) AS (
+          SELECT attribute.atttypid
+          UNION
+          SELECT part.type FROM parts JOIN pg_catalog.pg_type whole ON whole.oid = parts.type CROSS JOIN LATERAL (
+            SELECT whole.typbasetype WHERE whole.typtype = 'd'
+            UNION ALL SELECT whole.typelem WHERE whole.typelem <> 0 AND whole.typcategory = 'A'
+            UNION ALL SELECT field.atttypid FROM pg_catalog.pg_attribute field
+              WHERE whole.typtype = 'c' AND field.attrelid = whole.typrelid AND field.attnum > 0
+                AND NOT field.attisdropped) AS part (type))
+        SELECT FROM parts JOIN pg_catalog.pg_type type ON type.oid = parts.type
+        WHERE type.typcategory = 'S' OR type.typname IN ('json', 'jsonb', 'xml', 'hstore'))
     ORDER BY 1, 2, attribute.attnum
     """
 )

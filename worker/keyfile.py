@@ -16,6 +16,7 @@ from worker.errors import Refused
 from worker.keyring import MasterKey, read
 
 _BYTES = 64 << 10
+_LIST = "system.posix_acl_access"
 _FILES = 8
 
 
@@ -63,7 +64,7 @@ def swap(path: Path, staged: Path, *, expected: MasterKey) -> None:
             )
         with _said(real):
             owner = real.stat()
-            _write(real, key, owner, stat.S_IMODE(owner.st_mode) & 0o777)
+            _write(real, key, owner, stat.S_IMODE(owner.st_mode) & 0o777, like=real)
         if read(real) != key:
             raise KeyFileChanged(f"{path} does not hold the key {key.fingerprint} that was just put there")
     with _said(real):
@@ -106,12 +107,14 @@ def writable(path: Path) -> None:
         raise Refused(_whose(real, file))
 
 
-def _write(target: Path, key: MasterKey, owner: os.stat_result, mode: int) -> None:
-    """Make or replace `target` in one step."""
+def _write(target: Path, key: MasterKey, owner: os.stat_result, mode: int, *, like: Path | None = None) -> None:
+    """Make or replace `target` in one step, with the access control list of `like`."""
     partial = _partial(target)
     partial.unlink(missing_ok=True)
     try:
         _write_new(partial, key.text.encode("ascii"), owner, mode)
+        if like is not None:
+            _give_list(partial, like)
         partial.replace(target)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -141,6 +144,19 @@ def _give(handle: int, target: Path, owner: os.stat_result) -> None:
         os.fchown(handle, uid, gid)
     except PermissionError:
         raise Refused(_whose(target, owner)) from None
+
+
+def _give_list(target: Path, like: Path) -> None:
+    """A server that reads the file by an access control list must be able to read the next."""
+    if _LIST in _attributes(like):
+        os.setxattr(target, _LIST, os.getxattr(like, _LIST))
+
+
+def _attributes(path: Path) -> list[str]:
+    try:
+        return os.listxattr(path)
+    except (AttributeError, OSError):  # no such thing on this system, or on this filesystem
+        return []
 
 
 def _whose(path: Path, owner: os.stat_result) -> str:

@@ -68,8 +68,7 @@ def require_prunable(connection: sa.Connection, log: LogTable, *, archive: bool)
         raise SchemaError(
             f"{log.name}.{age} is {kind}, not timestamp with time zone; see `paperclip-worker db check`"
         )
-    if _ask(connection, _SHARED, log.name)[0][0]:
-        raise Refused(f"{log.name} is partitioned, or other tables inherit from it: this release cannot prune it")
+    require_whole(connection, log.name)
     known = {(one.table.name, (one.name,)) for one in log.cited_by}
     for table, names in _ask(connection, _REFERENCES, log.name):
         if (table, tuple(names)) not in known:
@@ -79,6 +78,12 @@ def require_prunable(connection: sa.Connection, log: LogTable, *, archive: bool)
             )
     if archive:
         _require_faithful(connection, log)
+
+
+def require_whole(connection: sa.Connection, table: str) -> None:
+    """Refused when a table's rows lie in others: a place in one of them says nothing about a place in the next."""
+    if any(shared for (shared,) in _ask(connection, _SHARED, table)):
+        raise Refused(f"{table} is partitioned, or other tables inherit from it: this release cannot work on it")
 
 
 def _require_faithful(connection: sa.Connection, log: LogTable) -> None:

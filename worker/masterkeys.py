@@ -18,7 +18,7 @@ from sqlalchemy.dialects import postgresql
 from worker import keyfile, keyring
 from worker.db import Xid8
 from worker.errors import Refused
-from worker.ledger import SCHEMA
+from worker.ledger import RUNS, SCHEMA
 
 if TYPE_CHECKING:
     from worker.keyring import MasterKey
@@ -131,6 +131,17 @@ def unfinished(connection: sa.Connection, *, but: UUID | None) -> Rotation | Non
     return next((one for one in open_ones if one.run_id not in undone), None)
 
 
+def superseded(connection: sa.Connection, rotation: Rotation) -> UUID | None:
+    """A run that exchanged the key since this rotation began, which has not: it is about a world that is gone."""
+    if rotation.cut_over_at is not None:
+        return None
+    began = sa.select(RUNS.c.created_at).where(RUNS.c.id == rotation.run_id).scalar_subquery()
+    others = sa.select(ROTATIONS.c.run_id).where(
+        ROTATIONS.c.run_id != rotation.run_id, ROTATIONS.c.cut_over_at > began
+    )
+    return connection.scalar(others.order_by(ROTATIONS.c.cut_over_at.desc()).limit(1))
+
+
 def seen(
     connection: sa.Connection,
     fingerprint: str,
@@ -208,6 +219,11 @@ def destroy(connection: sa.Connection, rotation: Rotation, *, by: UUID) -> None:
 def permit(connection: sa.Connection, run: UUID, *, by: str) -> None:
     """Let a manual cut-over go on: every server is stopped."""
     note(connection, run, permitted_at=sa.func.clock_timestamp(), permitted_by=by)
+
+
+def forbid(connection: sa.Connection, run: UUID) -> None:
+    """Take that back."""
+    note(connection, run, permitted_at=None, permitted_by=None)
 
 
 @dataclass(frozen=True, kw_only=True)

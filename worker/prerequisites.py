@@ -43,12 +43,14 @@ def require_none_half_done(connection: sa.Connection, *, run: UUID | None, rollb
 
 
 def require_in_use(connection: sa.Connection, keys: Keys, journal: Rotation | None, *, file: bool) -> None:
-    """Refused when the journal and the key file speak of different keys, or the rotation was rolled back."""
+    """Refused when journal and key file speak of different keys, or the rotation was rolled back or overtaken."""
     if journal is None:
         return
     undone = [one for one in masterkeys.every(connection) if one.rolls_back == journal.run_id]
     if any(one.cut_over_at for one in undone):
         raise Refused(f"run {journal.run_id} was rolled back; start a new run")
+    if by := masterkeys.superseded(connection, journal):
+        raise Refused(f"run {by} has exchanged the key since run {journal.run_id} began; start a new run")
     # Before the cut-over the new key may be in the file for a moment, until `settle_file` is reached.
     expected = {journal.new_key} if journal.cut_over_at else {journal.old_key, journal.new_key}
     found = keys.source.key.fingerprint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -19,14 +20,17 @@ _PATIENCE = 60.0
 _ANCHORED_WITHIN = 3.0
 
 
-def follow(deployment: Operations, run: UUID, *, show: bool) -> None:
-    """Return once the run has settled. Raises DatabaseGone when the database stays away for a minute."""
+def follow(deployment: Operations, run: UUID, *, show: bool, leave: Callable[[], bool]) -> bool:
+    """Return once the run has settled, or False when `leave` says so.
+
+    Raises DatabaseGone when the database stays away for a minute.
+    """
     bar, task = _bar() if show else (None, None)
     started = gone_since = time.monotonic()
     if bar:
         bar.start()
     try:
-        while True:
+        while not leave():
             try:
                 state, done, planned, note = _look(deployment, run)
                 gone_since = time.monotonic()
@@ -41,8 +45,9 @@ def follow(deployment: Operations, run: UUID, *, show: bool) -> None:
                 bar.update(task, completed=done, total=planned, description=state.value, note=note)
             if state in SETTLED:
                 _await_anchor(deployment, run)
-                return
+                return True
             time.sleep(_LOOK_EVERY)
+        return False
     finally:
         if bar:
             bar.stop()

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import census, keyring, masterkeys
+from worker import census, cutover, keyring, masterkeys
 from worker.aside import asides
 from worker.errors import Refused
 from worker.job import Finding, Verdict
@@ -43,8 +43,17 @@ class Retiring:
 
     @property
     def due(self) -> list[Rotation]:
-        """Those whose old key is to go."""
-        return [one for one in self.swept if self._key is not None or self._over(one)]
+        """Those whose old key is to go: the one named, or each whose time is over under all of its seals.
+
+        But for one under which another lies that is still to stay: it goes with that one.
+        """
+        if self._key is not None:
+            return self.swept
+        held = masterkeys.under_seal(self._connection)
+        stay = {one.old_key for one in held if not self._over(one)}
+        while more := {one.new_key for one in held if one.old_key in stay} - stay:
+            stay |= more
+        return [one for one in self.swept if one.old_key not in stay]
 
     def _over(self, one: Rotation) -> bool:
         return one.retire_after is not None and one.retire_after <= self._means.now
@@ -94,6 +103,7 @@ class Retiring:
     def sweep(self, run: UUID) -> int:
         """Make ready, under the key in use, what is still under `run`'s old key; how many rows."""
         found = 0
+        cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
         for one in (rotation for rotation in self.swept if rotation.run_id == run):
             resealer = self._resealer(one)
             for _, aside in asides(self._connection, self._layout, self._means.entered):

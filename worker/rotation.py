@@ -23,6 +23,7 @@ from worker import (
     keyfile,
     keyring,
     ledger_shards,
+    livetable,
     masterkeys,
     prerequisites,
     proof,
@@ -107,6 +108,8 @@ class Rotating:
 
     def require_possible(self, job: RotateMasterKey) -> None:
         """Refused when the keys are the same, the file cannot be exchanged, or another rotation is half done."""
+        for carrier in self._layout.carriers:
+            livetable.require_whole(self._connection, carrier.table.name)
         prerequisites.require_exchangeable(self.keys, self.journal, file=job.file)
         self._require_in_use()
         discovery.require_columns(self._connection, job.allow_column)
@@ -230,6 +233,7 @@ class Rotating:
 
         Raises Waits until an operator permits a manual cut-over.
         """
+        self._require_in_use()
         if self._file:
             cutover.settle_file(self.keys, self._journal)
         if found := discovery.found(self._connection, self._run):
@@ -273,7 +277,10 @@ class Rotating:
         raise Refused(f"this release does not know {name}; resume with the release that began the rotation")
 
     def _swap(self) -> Tally:
-        return sum((aside.swap() for _, aside in self._asides()), Tally())
+        tally = sum((aside.swap() for _, aside in self._asides()), Tally())
+        for _, aside in self._asides():
+            aside.require_taken()
+        return tally
 
     def _cut_over(self) -> Tally:
         cutover.hold_off_writers(self._connection, self._layout, seconds=self._means.settings.scan_timeout)
@@ -321,8 +328,12 @@ class Rotating:
             if self._file and path is not None:
                 keyfile.unstage(keyfile.staged_path(path, masterkeys.staged_name(self._run)))
             return {}
-        if self._file:
+        if self._file and masterkeys.superseded(self._connection, self.journal) is None:
+            # Else the new key may be in the file because the run that overtook this one put it there.
             cutover.settle_file(self.keys, self.journal)
+        if self.journal.cut_over_at is None:
+            # The servers are started again when a run ends without: who resumes it is asked anew.
+            masterkeys.forbid(self._connection, self.journal.run_id)
         return masterkeys.evidence(self.journal)
 
     def finish(self, retire_after: timedelta) -> dict[str, Any]:
@@ -330,8 +341,10 @@ class Rotating:
         path, journal = self.keys.source.path, self._journal
         after = masterkeys.close(self._connection, journal, retire_after)
         self._connection.execute(sa.delete(RESEALED))
+        lost = sum(one["lost"] for one in journal.envelopes.get("after", {}).values())
         if path is not None:
-            # Runs that never came to their end left theirs; what any of them sealed is under this key now.
+            # Runs that never came to their end left theirs; what opens with no key may be sealed with one of them.
             for one in masterkeys.every(self._connection):
-                keyfile.unstage(keyfile.staged_path(path, one.staged))
+                if one.run_id == journal.run_id or not lost:
+                    keyfile.unstage(keyfile.staged_path(path, one.staged))
         return {"retire_after": after.isoformat()}

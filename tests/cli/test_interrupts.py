@@ -24,19 +24,18 @@ CLI = (sys.executable, str(ROOT / "cli.py"))
 def _started(deployment: Deployment, *words: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
     """The command line as a process of its own, without a terminal."""
     extra = {f"PAPERCLIP_WORKER_{name.upper()}": value for name, value in settings.items()}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*CLI, *words],
         env=deployment.process_environment() | extra,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def _bites(deployment: Deployment) -> int:

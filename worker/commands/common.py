@@ -8,7 +8,8 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
@@ -132,15 +133,33 @@ def exit_status(state: str) -> Exit:
     return Exit.KEPT if state == "kept" else Exit.UNKEPT
 
 
+@contextmanager
+def _ctrl_c(said: str = "") -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, in place of an exception wherever the process may be; a second one raises it."""
+    asked = threading.Event()
+
+    def hear(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        asked.set()
+        if said:
+            talk(said)
+
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def follow(deployment: Operations, run: UUID) -> bool:
     """Wait until a run has settled, with a progress bar on a terminal; False when the operator pressed Ctrl-C."""
     from worker.progress import follow as wait
 
-    try:
-        wait(deployment, run, show=_terminal(sys.stderr))
-    except KeyboardInterrupt:
-        return False
-    return True
+    with _ctrl_c() as asked:
+        try:
+            return wait(deployment, run, show=_terminal(sys.stderr), leave=asked)
+        except KeyboardInterrupt:
+            return False
 
 
 def detached(deployment: Operations, run: UUID, *, as_json: bool) -> Exit:
@@ -156,24 +175,15 @@ def work_inline(deployment: Operations, run: UUID) -> bool:
 
     False when Ctrl-C made it leave the run, after the batch in hand. A second one cuts that off: Interrupted.
     """
-    asked = threading.Event()
-
-    def leave(*_: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        asked.set()
-        talk("the batch in hand is finished; Ctrl-C again cuts it off")
-
-    before = signal.signal(signal.SIGINT, leave)
-    try:
-        deployment.runner().work(run, seconds=math.inf, leave=asked.is_set)
-    except KeyboardInterrupt:
-        raise Interrupted(f"run {run} was cut off within a batch, which is rolled back; {_onward(run)}") from None
-    except WorkerError:
-        if deployment.find(str(run)).state not in SETTLED:
-            raise
-    finally:
-        signal.signal(signal.SIGINT, before)
-    return not asked.is_set()
+    with _ctrl_c("the batch in hand is finished; Ctrl-C again cuts it off") as asked:
+        try:
+            deployment.runner().work(run, seconds=math.inf, leave=asked)
+        except KeyboardInterrupt:
+            raise Interrupted(f"run {run} was cut off within a batch, which is rolled back; {_onward(run)}") from None
+        except WorkerError:
+            if deployment.find(str(run)).state not in SETTLED:
+                raise
+        return not asked()
 
 
 def _onward(run: UUID) -> str:

@@ -1,0 +1,305 @@
+"""Rotations beside a world that went on: overtaken runs, permissions of yesterday, hosts that meddle, old seals."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from tests.faults.evidence import wait
+from tests.rotation import steps
+from tests.rotation.test_manual import _begin, _journal, _permit, _work, _work_until_it_waits, by_hand  # noqa: F401
+from tests.rotation.vault import Vault
+from worker import keyfile, keyring
+from worker.errors import Refused
+
+ROTATE = ("run", "rotate-master-key", "--inline", "--yes")
+RETIRE = ("run", "retire-master-key", "--inline", "--yes")
+
+
+def _refused(vault: Vault, *words: str, says: str) -> None:
+    done = vault.deployment.cli(*words, ok=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert says in done.stderr, done.stderr
+
+
+# -- runs that another has overtaken --------------------------------------------------------------------
+
+
+def test_a_run_does_not_go_on_once_another_has_exchanged_the_key(released_vault: Vault) -> None:
+    """It would take the other's key in the file for its own unfinished cut-over, and put the old one back."""
+    vault = released_vault
+    path, new = steps.key_file(vault)
+    first = steps.start(vault, new_key_file=str(path))
+    steps.work_until(vault, first, steps.CUT_OVER)
+    vault.deployment.operations.stop(str(first))
+    second = vault.run("--new-key-file", str(path))
+    assert second["kept"]
+    _refused(vault, "runs", "resume", str(first), "--inline", says=f"run {second['run']} has exchanged the key since")
+    assert vault.now == new
+    assert vault.opened(new) == vault.held
+
+
+def test_nor_does_a_rollback_that_another_has_done(released_vault: Vault) -> None:
+    vault = released_vault
+    done = vault.run("--generate")
+    back = steps.start(vault, rollback=UUID(done["run"]))
+    steps.work_until(vault, back, steps.CUT_OVER)
+    vault.deployment.operations.stop(str(back))
+    assert vault.run("--rollback", done["run"])["kept"]
+    _refused(vault, "runs", "resume", str(back), "--inline", says="has exchanged the key since")
+    assert vault.now == vault.key
+    assert vault.opened(vault.key) == vault.held
+
+
+def test_an_overtaken_run_that_is_under_way_all_the_same_puts_no_key_back(released_vault: Vault) -> None:
+    """As a release without the guard left it: reopened."""
+    vault = released_vault
+    path, new = steps.key_file(vault)
+    first = steps.start(vault, new_key_file=str(path))
+    steps.work_until(vault, first, steps.CUT_OVER)
+    vault.deployment.operations.stop(str(first))
+    assert vault.run("--new-key-file", str(path))["kept"]
+    vault.deployment.query(
+        "UPDATE paperclip_worker.runs SET state = 'running', settled_at = NULL WHERE id = %s", first
+    )
+    with pytest.raises(Refused, match="has exchanged the key since"):
+        steps.work(vault, first)
+    assert vault.deployment.operations.find(str(first)).state.value == "failed"
+    assert vault.now == new
+    assert vault.opened(new) == vault.held
+
+
+def test_a_permission_is_for_the_time_the_servers_are_stopped(by_hand: Vault) -> None:  # noqa: F811
+    vault = by_hand
+    run, _ = _begin(vault)
+    _work_until_it_waits(vault, run, "keys switch")
+    _permit(vault, run)
+    vault.deployment.operations.stop(str(run))
+    vault.deployment.operations.resume(str(run))
+    _work_until_it_waits(vault, run, "keys switch")
+    assert _journal(vault, run, "cut_over_at") is None
+    assert vault.opened(vault.key) == vault.held
+    _permit(vault, run)
+    _work(vault, run, 3)
+    assert _journal(vault, run, "cut_over_at") is not None
+
+
+# -- hosts that meddle ----------------------------------------------------------------------------------
+
+
+def test_a_row_that_moves_to_where_another_was_keeps_its_own_value(vault: Vault) -> None:
+    """One transaction wrote all, so each is in the same version; the first are deleted and the table is rewritten."""
+    run = steps.start(vault, generate=True)
+    steps.work_until(vault, run, steps.CUT_OVER)
+    with psycopg.connect(vault.deployment.environment["DATABASE_URL"], autocommit=True) as admin:
+        gone = admin.execute(
+            "DELETE FROM company_secret_versions WHERE id IN "
+            "(SELECT id FROM company_secret_versions ORDER BY ctid LIMIT 20) RETURNING id::text"
+        ).fetchall()
+        admin.execute("VACUUM FULL company_secret_versions")
+    for (row,) in gone:
+        vault.held.pop(("company_secret_versions", row), None)
+    assert steps.work(vault, run)["kept"]
+    assert vault.opened(vault.now) == vault.held
+
+
+@pytest.mark.parametrize("returns", ["OLD", "NULL"])
+def test_rows_that_do_not_take_new_ciphertext_stop_the_cut_over(released_vault: Vault, returns: str) -> None:
+    vault = released_vault
+    vault.deployment.query(
+        f"CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN {returns}; END $$"
+    )
+    vault.deployment.query(
+        "CREATE TRIGGER keep BEFORE UPDATE ON company_secret_proposals FOR EACH ROW EXECUTE FUNCTION keep()"
+    )
+    done = vault.deployment.cli(*ROTATE, "--generate", ok=False)
+    assert done.returncode == 1
+    assert "7 rows of company_secret_proposals do not take new ciphertext" in done.stderr
+    assert vault.now == vault.key
+    assert vault.opened(vault.key) == vault.held
+
+
+@pytest.mark.parametrize("how", ["PARTITION BY HASH (id)", "INHERITS"])
+def test_a_carrier_whose_rows_lie_in_other_tables_is_refused(released_vault: Vault, how: str) -> None:
+    vault, table = released_vault, "company_secret_proposals"
+    if how == "INHERITS":
+        vault.deployment.query(f"CREATE TABLE more () INHERITS ({table})")
+    else:
+        for one in (
+            f"ALTER TABLE {table} RENAME TO old_table",
+            f"CREATE TABLE {table} (LIKE old_table INCLUDING DEFAULTS) {how}",
+            f"CREATE TABLE part PARTITION OF {table} FOR VALUES WITH (MODULUS 1, REMAINDER 0)",
+            f"INSERT INTO {table} SELECT * FROM old_table",
+            "DROP TABLE old_table CASCADE",
+        ):
+            vault.deployment.query(one)
+    _refused(vault, *ROTATE, "--generate", says=f"{table} is partitioned, or other tables inherit from it")
+    assert vault.now == vault.key
+
+
+@pytest.mark.parametrize(
+    ("types", "column"),
+    [
+        (("CREATE DOMAIN inner_doc AS jsonb", "CREATE DOMAIN doc AS inner_doc"), "doc"),
+        (("CREATE DOMAIN doc AS jsonb",), "doc[]"),
+        (("CREATE TYPE doc AS (v jsonb)",), "doc"),
+        ((), "MATERIALIZED"),
+    ],
+)
+def test_ciphertext_within_other_types_is_found(released_vault: Vault, types: tuple[str, ...], column: str) -> None:
+    vault = released_vault
+    text = json.dumps(vault.seal("p"))
+    for one in types:
+        vault.deployment.query(one)
+    made = {
+        "doc": "(%s::jsonb)::doc" if "TYPE" not in str(types) else "ROW(%s::jsonb)::doc",
+        "doc[]": "ARRAY[%s::jsonb::doc]",
+    }
+    if column == "MATERIALIZED":
+        vault.deployment.query("CREATE MATERIALIZED VIEW mine AS SELECT material AS m FROM company_secret_versions")
+    else:
+        vault.deployment.query(f"CREATE TABLE mine (m {column})")
+        vault.deployment.query(f"INSERT INTO mine SELECT {made[column]}", text)
+    done = vault.deployment.cli(*ROTATE, "--generate", ok=False)
+    assert "columns this release does not know may hold ciphertext: public.mine.m" in done.stderr
+    assert vault.now == vault.key
+
+
+def test_an_autovacuum_does_not_hold_up_the_cut_over(released_vault: Vault) -> None:
+    """PostgreSQL ends it for whoever waits for its lock longer than deadlock_timeout, and for nobody else."""
+    vault, table = released_vault, "company_secret_proposals"
+    at_work = "SELECT count(*) > 0 FROM pg_stat_activity WHERE backend_type = 'autovacuum worker' AND query LIKE %s"
+    with psycopg.connect(vault.deployment.environment["DATABASE_URL"], autocommit=True) as admin:
+        others = admin.execute(
+            "SELECT string_agg(quote_ident(attname), ', ') FROM pg_attribute WHERE attrelid = %s::regclass "
+            "AND attnum > 0 AND attname NOT IN ('id', 'value_ciphertext')",
+            (table,),
+        ).fetchone()
+        assert others is not None
+        admin.execute(
+            f"INSERT INTO {table} (id, {others[0]}) SELECT gen_random_uuid(), {others[0]} "
+            f"FROM (SELECT * FROM {table} LIMIT 1) one, generate_series(1, 60000)".encode()
+        )
+        admin.execute(
+            f"ALTER TABLE {table} SET (autovacuum_vacuum_threshold = 1, autovacuum_vacuum_scale_factor = 0, "
+            "autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1)".encode()
+        )
+        admin.execute(f"DELETE FROM {table} WHERE value_ciphertext IS NULL".encode())
+        admin.execute("ALTER SYSTEM SET autovacuum_naptime = 1")
+        admin.execute("SELECT pg_reload_conf()")
+        try:
+            wait(lambda: admin.execute(at_work.encode(), (f"%{table}%",)).fetchone() == (True,))
+            assert vault.run("--generate")["kept"]
+        finally:
+            admin.execute("ALTER SYSTEM RESET autovacuum_naptime")
+            admin.execute("SELECT pg_reload_conf()")
+    assert vault.opened(vault.now) == vault.held
+
+
+# -- keys that must stay --------------------------------------------------------------------------------
+
+
+def _end(vault: Vault, *runs: str) -> None:
+    """The time of these runs' old keys is over."""
+    ids = [UUID(run) for run in runs]
+    query = "UPDATE paperclip_worker.rotations SET retire_after = now() - interval '1 minute' WHERE run_id = ANY(%s)"
+    vault.deployment.query(query, ids)
+
+
+def _sealed(vault: Vault) -> list[str]:
+    return [
+        key
+        for (key,) in vault.deployment.query(
+            "SELECT old_key FROM paperclip_worker.rotations WHERE sealed IS NOT NULL"
+        )
+    ]
+
+
+def test_a_key_stays_until_the_last_of_its_seals_is_over(released_vault: Vault) -> None:
+    vault = released_vault
+    first = vault.run("--generate")
+    back = vault.run("--rollback", first["run"])
+    third = vault.run("--generate")
+    _end(vault, first["run"], back["run"])
+    assert vault.deployment.json(*RETIRE)["kept"]
+    assert vault.key.fingerprint in _sealed(vault)
+    _end(vault, third["run"])
+    assert vault.deployment.json(*RETIRE)["kept"]
+    assert _sealed(vault) == []
+
+
+def test_a_key_under_which_another_still_lies_does_not_keep_the_sweep_from_its_work(released_vault: Vault) -> None:
+    vault = released_vault
+    first = vault.run("--generate")
+    between = vault.now
+    second = vault.run("--generate", "--retire-after", "1d")
+    _end(vault, second["run"])
+    with vault.connect() as connection:
+        vault.add_version(connection, "late", key=between)
+    assert vault.deployment.json(*RETIRE)["kept"]
+    assert vault.opened(vault.now) == vault.held
+    assert sorted(_sealed(vault)) == sorted([vault.key.fingerprint, between.fingerprint])
+    _end(vault, first["run"])
+    assert vault.deployment.json(*RETIRE)["kept"]
+    assert _sealed(vault) == []
+
+
+def test_the_only_copy_of_a_key_is_not_removed_while_something_opens_with_none(released_vault: Vault) -> None:
+    vault = released_vault
+    first = steps.start(vault, generate=True)
+    steps.work_until(vault, first, steps.CUT_OVER)
+    (staged,) = (one for one in vault.file.parent.iterdir() if one.name != "master.key")
+    lost = keyring.read(staged)
+    with vault.connect() as connection:
+        row = vault.add_version(connection, "sealed between a rename and a kill", key=lost)
+    vault.deployment.operations.stop(str(first))
+    assert vault.run("--generate", "--allow-undecryptable", "1")["kept"]
+    assert keyring.read(staged) == lost
+    vault.deployment.query("DELETE FROM company_secret_versions WHERE id = %s", row)
+    assert vault.run("--generate")["kept"]
+    assert not staged.exists()
+
+
+def test_a_retirement_may_take_as_long_as_a_look_at_everything(released_vault: Vault) -> None:
+    vault = released_vault
+    assert vault.run("--generate")["kept"]
+    vault.deployment.query(
+        "INSERT INTO heartbeat_runs (id, company_id, agent_id, status, context_snapshot) "
+        "SELECT gen_random_uuid(), a.company_id, a.id, 'succeeded', jsonb_build_object('t', (SELECT "
+        "string_agg(md5(g::text || '-' || k::text), '') FROM generate_series(1, 200) k), 'm', %s::jsonb) "
+        "FROM generate_series(1, 6000) g, (SELECT * FROM agents LIMIT 1) a",
+        json.dumps(vault.seal("x", vault.now)),
+    )
+    vault.deployment.cli(*RETIRE, env={"PAPERCLIP_WORKER_STATEMENT_TIMEOUT": "0.25"})
+
+
+# -- the key file ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A key file that one other user may read by an access control list."""
+    file = tmp_path / "master.key"
+    file.write_text(keyring.generate().text)
+    file.chmod(0o600)
+    # Version 2; then tag, permissions and id: owner rw, user 1234 r, group nothing, mask r, others nothing.
+    entries = ((1, 6, 0xFFFFFFFF), (2, 4, 1234), (4, 0, 0xFFFFFFFF), (16, 4, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF))
+    packed = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *one) for one in entries)
+    try:
+        os.setxattr(file, "system.posix_acl_access", packed)
+    except (AttributeError, OSError):
+        pytest.skip("no access control lists on this system or filesystem")
+    return file
+
+
+def test_who_may_read_the_key_file_by_a_list_still_may(listed: Path) -> None:
+    before, mode = os.getxattr(listed, "system.posix_acl_access"), listed.stat().st_mode
+    keyfile.swap(listed, keyfile.stage(listed, new := keyring.generate(), "next"), expected=keyring.read(listed))
+    assert keyring.read(listed) == new
+    assert (os.getxattr(listed, "system.posix_acl_access"), listed.stat().st_mode) == (before, mode)
