@@ -126,14 +126,15 @@ def test_rows_that_a_policy_hides_stop_the_prune(released: Deployment, table: st
 # -- what hangs on a row --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("action", ["CASCADE", "SET NULL", "SET DEFAULT"])
-def test_rows_that_would_go_or_change_with_it_refuse_the_prune(released: Deployment, action: str) -> None:
-    released.query(
-        f"CREATE TABLE notes (id serial PRIMARY KEY, log uuid REFERENCES activity_log ON DELETE {action}); "
-        "INSERT INTO notes (log) SELECT id FROM activity_log"
-    )
-    _refused(released, "--older-than", "90d", says="rows of notes refer to activity_log by log")
-    refused(released, "plan", "prune-logs", says="rows of notes refer to activity_log by log")
+def test_rows_that_would_go_or_change_with_it_refuse_the_prune(released: Deployment) -> None:
+    for action in ("CASCADE", "SET NULL", "SET DEFAULT"):
+        released.query(
+            f"CREATE TABLE notes (id serial PRIMARY KEY, log uuid REFERENCES activity_log ON DELETE {action}); "
+            "INSERT INTO notes (log) SELECT id FROM activity_log"
+        )
+        _refused(released, "--older-than", "90d", says="rows of notes refer to activity_log by log")
+        refused(released, "plan", "prune-logs", says="rows of notes refer to activity_log by log")
+        released.query("DROP TABLE notes")
 
 
 @pytest.mark.parametrize(
@@ -152,28 +153,27 @@ def test_a_log_whose_rows_lie_in_other_tables_is_not_pruned(released: Deployment
 # -- columns of other releases --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "statements",
-    [
-        ("CREATE DOMAIN doc AS jsonb", "ALTER TABLE plugin_logs ADD own doc"),
-        ("ALTER TABLE plugin_logs ADD own jsonb[]",),
-        ("CREATE TYPE pair AS (a int, b json)", "ALTER TABLE plugin_logs ADD own pair"),
-        ("CREATE TYPE pair AS (a int, b int)", "CREATE DOMAIN two AS pair", "ALTER TABLE plugin_logs ADD own two[]"),
-        (
-            "CREATE TYPE grade AS ENUM ('a', 'b')",
-            "CREATE FUNCTION of(grade) RETURNS json LANGUAGE sql IMMUTABLE AS $$ SELECT '1'::json $$",
-            "CREATE CAST (grade AS json) WITH FUNCTION of(grade)",
-            "ALTER TABLE plugin_logs ADD own grade",
-        ),
-    ],
+_LOST = (
+    ("CREATE DOMAIN doc AS jsonb", "ALTER TABLE plugin_logs ADD own doc"),
+    ("ALTER TABLE plugin_logs ADD own jsonb[]",),
+    ("CREATE TYPE mixed AS (a int, b json)", "ALTER TABLE plugin_logs ADD own mixed"),
+    ("CREATE TYPE pair AS (a int, b int)", "CREATE DOMAIN two AS pair", "ALTER TABLE plugin_logs ADD own two[]"),
+    (
+        "CREATE TYPE grade AS ENUM ('a', 'b')",
+        "CREATE FUNCTION of(grade) RETURNS json LANGUAGE sql IMMUTABLE AS $$ SELECT '1'::json $$",
+        "CREATE CAST (grade AS json) WITH FUNCTION of(grade)",
+        "ALTER TABLE plugin_logs ADD own grade",
+    ),
 )
-def test_a_type_that_json_does_not_give_back_refuses_the_archive(
-    released: Deployment, statements: tuple[str, ...]
-) -> None:
-    for one in statements:
-        released.query(one)
-    _refused(released, says="an archive would not give back the values of own")
-    released.cli(*INLINE, *LOGS, "--without-archive")
+
+
+def test_a_type_that_json_does_not_give_back_refuses_the_archive(released: Deployment) -> None:
+    for statements in _LOST:
+        for one in statements:
+            released.query(one)
+        _refused(released, says="an archive would not give back the values of own")
+        released.cli(*INLINE, *LOGS, "--without-archive")
+        released.query("ALTER TABLE plugin_logs DROP own")
 
 
 def test_other_types_come_back(released: Deployment) -> None:
@@ -200,6 +200,12 @@ def test_an_age_before_all_calendars(released: Deployment, table: str, age: str)
     oldest = sql.SQL("(SELECT id FROM {t} WHERE company_id IS NOT NULL ORDER BY created_at LIMIT 3)")
     name = sql.SQL("UPDATE {t} SET created_at = %s WHERE id IN " + oldest.as_string())
     released.query(name.format(t=sql.Identifier(table)).as_string(), age)
+    if table == "activity_log":
+        # So few that bites of two rows are not many.
+        few = "SELECT id FROM activity_log WHERE created_at < now() - interval '89 days' ORDER BY created_at LIMIT 30"
+        released.query(
+            f"DELETE FROM activity_log WHERE created_at < now() - interval '89 days' AND id NOT IN ({few})"
+        )
     before = content(released, table)
     ((overdue,),) = [
         (one.rows,) for one in released.operations.overdue(PruneLogs(table=table, older_than=timedelta(days=20)))
