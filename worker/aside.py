@@ -151,28 +151,27 @@ class Aside:
         if not self._connection.execute(_MEDDLED, {"name": carrier.table.name}).scalar_one():
             return
         mine = self._connection.execute(sa.select(sa.cast(sa.func.pg_current_xact_id(), sa.Text))).scalar_one()
-        query = (
-            sa.select(sa.func.count())
-            .select_from(carrier.table)
-            .join(RESEALED, RESEALED.c.key == carrier.key)
-            .where(
-                RESEALED.c.run_id == self._run,
-                RESEALED.c.carrier == carrier.name,
-                carrier.column.is_distinct_from(RESEALED.c.value),
-                # In the state it was made ready for, or in one that this transaction made.
-                sa.or_(
-                    sa.and_(
-                        of(carrier.table, CTID) == RESEALED.c.place, of(carrier.table, VERSION) == RESEALED.c.version
-                    ),
-                    of(carrier.table, VERSION) == xid(mine),
+        query = self._ready_rows().where(
+            carrier.column.is_distinct_from(RESEALED.c.value),
+            # In the state it was made ready for, or in one that this transaction made.
+            sa.or_(
+                sa.and_(
+                    of(carrier.table, CTID) == RESEALED.c.place, of(carrier.table, VERSION) == RESEALED.c.version
                 ),
-            )
+                of(carrier.table, VERSION) == xid(mine),
+            ),
         )
         if rows := self._connection.execute(query).scalar_one():
             raise Refused(
                 f"{rows} rows of {carrier.table.name} do not take new ciphertext: a trigger or rule of the host's "
                 "keeps them as they are; the key was not exchanged"
             )
+
+    def _ready_rows(self) -> sa.Select[int]:
+        """How many rows something was made ready of, whatever has become of them."""
+        carrier = self._carrier
+        rows = sa.select(sa.func.count()).select_from(carrier.table).join(RESEALED, RESEALED.c.key == carrier.key)
+        return rows.where(RESEALED.c.run_id == self._run, RESEALED.c.carrier == carrier.name)
 
     def clear(self) -> None:
         """Forget what a run made ready."""
@@ -181,16 +180,9 @@ class Aside:
     def altered(self, by: str) -> int:
         """Rows swapped by a transaction and untouched since whose other columns are not what they were."""
         carrier = self._carrier
-        query = (
-            sa.select(sa.func.count())
-            .select_from(carrier.table)
-            .join(RESEALED, RESEALED.c.key == carrier.key)
-            .where(
-                RESEALED.c.run_id == self._run,
-                RESEALED.c.carrier == carrier.name,
-                of(carrier.table, VERSION) == xid(by),
-                RESEALED.c.rest != self._ciphertext.rest(),
-            )
+        query = self._ready_rows().where(
+            of(carrier.table, VERSION) == xid(by),
+            RESEALED.c.rest != self._ciphertext.rest(),
         )
         return self._connection.execute(query).scalar_one()
 
