@@ -98,6 +98,7 @@ class PruneLogs(Job):
             raise Refused(f"--keep-security: {self.table} does not say which rows are security events")
         means.require_prunable(log, archive=self._archived(means.layout))
         if means.run is not None:
+            # To look is no harm; what is refused is to begin, and to go on.
             means.require_no_restore(self.table)
             means.require_not_restored()
 

@@ -239,8 +239,13 @@ def run_worker(settings: Settings, *, concurrency: int) -> int:
         from worker import metrics  # noqa: PLC0415 - only where a port is configured
 
         metrics.serve(operations, times, settings.metrics_port)
-    words = ["worker", f"--concurrency={concurrency}", "--loglevel=INFO", "--without-gossip", "--without-mingle"]
-    return int(app.start(argv=words) or 0)
+    begun: list[Any] = []
+    # Celery's command knows how its worker ended, and keeps it to itself.
+    signals.worker_init.connect(lambda sender, **_: begun.append(sender), weak=False)
+    app.worker_main(
+        ["worker", f"--concurrency={concurrency}", "--loglevel=INFO", "--without-gossip", "--without-mingle"]
+    )
+    return int(begun[-1].exitcode or 0)
 
 
 def run_beat(settings: Settings) -> None:

@@ -19,8 +19,8 @@ from uuid import UUID
 import zstandard
 
 from worker import canonical, db
-from worker.db import Tids
 from worker.errors import ArchiveTampered, Refused, StorageFault, WorkerError
+from worker.pgtypes import Tids
 from worker.storage import Missing, Store, read_digest
 
 if TYPE_CHECKING:

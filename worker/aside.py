@@ -17,10 +17,10 @@ from sqlalchemy.dialects import postgresql
 
 from worker import db
 from worker.blocks import CTID
-from worker.ciphertext import VERSION, Ciphertext, of, xid
-from worker.db import Tid, Xid
+from worker.ciphertext import VERSION, Ciphertext, xid
 from worker.errors import Refused
 from worker.ledger import SCHEMA
+from worker.pgtypes import Tid, Xid, of
 from worker.plans import Amount, Tally
 from worker.reseal import Census
 

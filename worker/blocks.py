@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from worker.db import Tid
+from worker.pgtypes import Tid
 
 CTID: sa.ColumnClause[Any] = sa.column("ctid", Tid())
 

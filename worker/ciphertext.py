@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from worker import blocks, db
 from worker.blocks import CTID
-from worker.db import Xid, Xid8
+from worker.pgtypes import Xid, Xid8
 from worker.plans import Target
 
 if TYPE_CHECKING:
@@ -162,12 +162,6 @@ def since(horizon: str, *, but: str | None = None) -> sa.ColumnElement[bool]:
 
 def xid(number: str) -> sa.ColumnElement[Any]:
     return sa.cast(sa.cast(sa.literal(number), Xid8()), Xid())
-
-
-def of(table: sa.Table, column: sa.ColumnClause[Any]) -> sa.ColumnElement[Any]:
-    """A system column of this table, where another has one of that name too."""
-    found: sa.ColumnElement[Any] = sa.column(column.name, column.type, _selectable=table)
-    return found
 
 
 _COLUMNS = sa.text(

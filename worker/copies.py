@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from worker import lines
+from worker import lines, livetable
 from worker.blocks import CTID
-from worker.db import Tid, Tids
 from worker.job import Batch
+from worker.pgtypes import Tid, Tids
 
 if TYPE_CHECKING:
     from worker.rowset import RowSet
@@ -27,7 +27,7 @@ def query(rows: RowSet, connection: sa.Connection, batch: Batch, *, unread: bool
     sides more than the JSON in them. `unread`: no row is looked into on its own, and doubt says that among these
     one may have what a keep looks for.
     """
-    line = lines.archived(rows.what.name, lines.json_columns(connection, rows.what.name)).as_string()
+    line = lines.archived(rows.what.name, livetable.json_columns(connection, rows.what.name)).as_string()
     company = sa.null() if rows.what.company is None else rows.what.company
     found = (
         sa.select(
@@ -60,7 +60,7 @@ def query(rows: RowSet, connection: sa.Connection, batch: Batch, *, unread: bool
 def readable(rows: RowSet, connection: sa.Connection) -> bool:
     """Whether some keep looks into the rows' texts, and a look into their lines finds no less."""
     texts = (one.name for one in rows.what.texts)
-    return any(keep.needles for keep in rows.keeps) and lines.readable(connection, rows.what.name, texts)
+    return any(keep.needles for keep in rows.keeps) and livetable.readable(connection, rows.what.name, texts)
 
 
 def at(batch: Batch, addresses: Tids, sizes: Mapping[str | None, int]) -> Batch:

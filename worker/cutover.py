@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _WRITERS = 5.0
 _READERS = 0.5
 _PART = 0.8
-_BEYOND = 2.0
 _NOT_AVAILABLE = "55P03"
 # What was read before readers had to wait is opened meanwhile, with the old key. Measured: see test_writers.py.
 _OPENED = 0.05
@@ -67,11 +66,13 @@ def hold_off_writers(connection: sa.Connection, layout: Layout, *, seconds: floa
     _lock(connection, layout, "EXCLUSIVE", seconds=min(_WRITERS, _PART * _deadlock_timeout(connection)))
 
 
-def _end_vacuum(connection: sa.Connection, layout: Layout) -> None:
-    """Have PostgreSQL end an autovacuum of one of these tables, as it does for whoever waits for its lock so long.
+# PostgreSQL ends an autovacuum for whoever has waited for its lock for deadlock_timeout; a moment more, for it to go.
+# What is held by then is a look at these tables, which only a change of their definition waits for.
+_BEYOND = 1.2
 
-    No lock is held yet, so that no deadlock can come of a wait beyond deadlock_timeout.
-    """
+
+def _end_vacuum(connection: sa.Connection, layout: Layout) -> None:
+    """Wait until PostgreSQL has ended an autovacuum of one of these tables; the next, when this is done again."""
     name = connection.execute(_VACUUMED, {"names": list(_names(connection, layout))}).scalar()
     if name is not None:
         _set(connection, "lock_timeout", f"{round(_BEYOND * _deadlock_timeout(connection) * 1000)}ms")

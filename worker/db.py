@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -10,11 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 import psycopg
 import sqlalchemy as sa
 from psycopg import errors as pg
-from psycopg.adapt import Dumper
-from psycopg.pq import Format
 from sqlalchemy import exc
-from sqlalchemy.types import UserDefinedType
 
+from worker import pgtypes
 from worker.errors import Contended, DatabaseGone, LedgerMissing, Refused, SchemaError
 
 if TYPE_CHECKING:
@@ -38,33 +35,6 @@ _GONE = (
 )
 
 
-class Tid(UserDefinedType[str]):
-    """PostgreSQL's row address `(block,offset)`; comparisons on it become TID range scans."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **_: Any) -> str:
-        return "tid"
-
-
-class Xid(UserDefinedType[str]):
-    """The number of the transaction that wrote a row; it wraps around."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **_: Any) -> str:
-        return "xid"
-
-
-class Xid8(UserDefinedType[str]):
-    """A transaction's number that never wraps around."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **_: Any) -> str:
-        return "xid8"
-
-
 def engine(settings: Settings) -> sa.Engine:
     """A pooled engine in REPEATABLE READ, so what a bite preserved is exactly what it then changes.
 
@@ -78,8 +48,7 @@ def engine(settings: Settings) -> sa.Engine:
         made = psycopg.connect(
             url, application_name=APPLICATION_NAME, connect_timeout=10, client_encoding="utf8", prepare_threshold=None
         )
-        for dumper in (_TidsText, _TidsDumper):
-            made.adapters.register_dumper(Tids, dumper)
+        pgtypes.register(made)
         return made
 
     return sa.create_engine(
@@ -252,54 +221,6 @@ def copy_rows(connection: sa.Connection, query: sa.Select[Any]) -> Iterator[tupl
     with driver(connection).cursor() as cursor, cursor.copy(statement, parameters) as copy:
         copy.set_types(["bytea"] * len(query.selected_columns))
         yield from copy.rows()
-
-
-class Tids:
-    """A tid[] as PostgreSQL sends it, put together from several; a parameter of a statement."""
-
-    # Dimensions, nulls, the type of the elements; then of the one dimension its length and first index.
-    _HEAD = struct.Struct("!iiIii")
-    # The length of an element, its block and its place there.
-    _PLACE = struct.Struct("!iIH")
-    _OID = 27
-
-    def __init__(self) -> None:
-        self.number, self._parts = 0, list[bytes]()
-
-    def add(self, array: bytes, number: int) -> None:
-        """So many more addresses, as a tid[] in binary form."""
-        self.number += number
-        self._parts.append(array[self._HEAD.size :])
-
-    def join(self, others: Tids) -> None:
-        """The addresses of others as well."""
-        self.number += others.number
-        self._parts += others._parts
-
-    def __bytes__(self) -> bytes:
-        head = self._HEAD.pack(1 if self.number else 0, 0, self._OID, self.number, 1)
-        return b"".join([head if self.number else head[:12], *self._parts])
-
-    def __str__(self) -> str:
-        places = self._PLACE.iter_unpack(b"".join(self._parts))
-        return "{" + ",".join(f'"({block},{row})"' for _, block, row in places) + "}"
-
-
-class _TidsDumper(Dumper):
-    format = Format.BINARY
-    oid = 1010
-
-    def dump(self, obj: Tids) -> bytes:
-        return bytes(obj)
-
-
-class _TidsText(Dumper):
-    """For COPY, which takes no parameters: they become part of its text."""
-
-    oid = 1010
-
-    def dump(self, obj: Tids) -> bytes:
-        return str(obj).encode()
 
 
 def advisory_lock(connection: sa.Connection, name: str) -> None:

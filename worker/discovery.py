@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from worker import ledger_shards
 from worker.errors import Refused
 from worker.job import Batch, Shard
+from worker.livetable import PARTS
 
 if TYPE_CHECKING:
     from worker.layouts.model import Layout
@@ -25,7 +26,7 @@ _WINDOW = 4_096
 # Of the whole table: where only some columns may be read, its windows may not. Partitions are read as what they are,
 # tables; what is ours, temporary or the server's own is not the host's.
 _COLUMNS = sa.text(
-    """
+    f"""
     SELECT space.nspname, relation.relname, attribute.attname,
            has_schema_privilege(space.oid, 'USAGE')
              AND has_table_privilege(relation.oid, 'SELECT') AS readable,
@@ -34,21 +35,10 @@ _COLUMNS = sa.text(
     JOIN pg_catalog.pg_namespace space ON space.oid = relation.relnamespace
     JOIN pg_catalog.pg_attribute attribute
       ON attribute.attrelid = relation.oid AND attribute.attnum > 0 AND NOT attribute.attisdropped
-    WHERE relation.relkind IN ('r', 'm') AND relation.relpersistence <> 't'
+    WHERE relation.relkind IN ('r', 'm') AND relation.relispopulated AND relation.relpersistence <> 't'
       AND pg_catalog.left(space.nspname::text, 3) <> 'pg_'
       AND space.nspname NOT IN ('information_schema', 'paperclip_worker')
-      AND EXISTS (
-        -- Whatever a domain, an array or a composite type is made of.
-        WITH RECURSIVE parts (type) AS (
-          SELECT attribute.atttypid
-          UNION
-          SELECT part.type FROM parts JOIN pg_catalog.pg_type whole ON whole.oid = parts.type CROSS JOIN LATERAL (
-            SELECT whole.typbasetype WHERE whole.typtype = 'd'
-            UNION ALL SELECT whole.typelem WHERE whole.typelem <> 0 AND whole.typcategory = 'A'
-            UNION ALL SELECT field.atttypid FROM pg_catalog.pg_attribute field
-              WHERE whole.typtype = 'c' AND field.attrelid = whole.typrelid AND field.attnum > 0
-                AND NOT field.attisdropped) AS part (type))
-        SELECT FROM parts JOIN pg_catalog.pg_type type ON type.oid = parts.type
+      AND EXISTS ({PARTS.format(whole="attribute.atttypid")}
         WHERE type.typcategory = 'S' OR type.typname IN ('json', 'jsonb', 'xml', 'hstore'))
     ORDER BY 1, 2, attribute.attnum
     """

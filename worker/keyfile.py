@@ -16,8 +16,11 @@ from worker.errors import Refused
 from worker.keyring import MasterKey, read
 
 _BYTES = 64 << 10
-_LIST = "system.posix_acl_access"
 _FILES = 8
+
+
+# The extended attribute with a file's access control list.
+_ACL = "system.posix_acl_access"
 
 
 class KeyFileChanged(Refused):
@@ -148,8 +151,8 @@ def _give(handle: int, target: Path, owner: os.stat_result) -> None:
 
 def _give_list(target: Path, like: Path) -> None:
     """A server that reads the file by an access control list must be able to read the next."""
-    if _LIST in _attributes(like):
-        os.setxattr(target, _LIST, os.getxattr(like, _LIST))
+    if _ACL in _attributes(like):
+        os.setxattr(target, _ACL, os.getxattr(like, _ACL))
 
 
 def _attributes(path: Path) -> list[str]:

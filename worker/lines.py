@@ -37,50 +37,6 @@ _NULL_BYTES = 16
 # -- in SQL -------------------------------------------------------------------------------------------
 
 
-def json_columns(connection: sa.Connection, table: str) -> dict[str, str]:
-    """The columns of a table that hold JSON now, and the type of each (`json`, `jsonb`)."""
-    kind = sa.func.format_type(_ATTRIBUTE.c.atttypid, None)
-    query = sa.select(_NAME, kind).where(_of(table), kind.in_(["json", "jsonb"])).order_by(_ATTRIBUTE.c.attnum)
-    return {row[0]: row[1] for row in connection.execute(query)}
-
-
-def readable(connection: sa.Connection, table: str, columns: Iterable[str]) -> bool:
-    """Whether a row's line has in it whatever these columns have when they are made into text."""
-    wanted = set(columns)
-    kind = sa.func.format_type(_ATTRIBUTE.c.atttypid, None)
-    query = sa.select(_NAME).where(_of(table), kind.in_(["text", "character varying", "json", "jsonb"]))
-    return wanted <= set(connection.scalars(query))
-
-
-def generated(connection: sa.Connection, table: str) -> list[str]:
-    """The columns of a table whose values the server computes and no statement may give."""
-    return list(connection.scalars(sa.select(_NAME).where(_of(table), _ATTRIBUTE.c.attgenerated != "")))
-
-
-def required(connection: sa.Connection, table: str) -> list[str]:
-    """The columns of a table that a new row must name now."""
-    columns = _ATTRIBUTE.c
-    bare = sa.and_(columns.attnotnull, ~columns.atthasdef, columns.attidentity == "")
-    return list(connection.scalars(sa.select(_NAME).where(_of(table), bare).order_by(columns.attnum)))
-
-
-_ATTRIBUTE = sa.table(
-    "pg_attribute",
-    *map(sa.column, ("attrelid", "attname", "attnum", "atttypid", "attnotnull", "atthasdef", "attidentity")),
-    sa.column("attisdropped"),
-    sa.column("attgenerated"),
-    schema="pg_catalog",
-)
-
-
-_NAME = sa.cast(_ATTRIBUTE.c.attname, sa.Text)
-
-
-def _of(table: str) -> sa.ColumnElement[bool]:
-    place = sa.func.to_regclass(sa.func.format("public.%I", sa.cast(table, sa.Text)))
-    return sa.and_(_ATTRIBUTE.c.attrelid == place, _ATTRIBUTE.c.attnum > 0, ~_ATTRIBUTE.c.attisdropped)
-
-
 def nulls(table: str, columns: Mapping[str, str]) -> sql.Composable:
     """The names of a row's columns that hold the JSON value null, as `,"a","b"`: NULL but for few rows."""
     parts = [

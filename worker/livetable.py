@@ -1,4 +1,4 @@
-"""What the live database has around a log beyond the catalogue, and what of it makes a prune unsafe.
+"""A table as the live database has it now, and what of it, beyond the catalogue, makes a job unsafe.
 
 A release to come, a plugin or the deployment's own hands may add columns, keys and types. What would be lost in
 silence is refused by name; a prune that is refused has lost nothing.
@@ -6,6 +6,8 @@ silence is refused by name; a prune that is refused has lost nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -13,6 +15,7 @@ import sqlalchemy as sa
 from worker import db
 from worker.errors import Refused, SchemaError
 from worker.layouts import catalogue
+from worker.pgtypes import of
 
 if TYPE_CHECKING:
     from worker.layouts.model import Layout, LogTable, Records
@@ -34,27 +37,65 @@ SELECT c.relkind = 'p' OR EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.i
 FROM pg_catalog.pg_class c WHERE c.oid = to_regclass(format('public.%%I', %s::text))
 """
 
-# Columns whose value JSON does not give back: composite types, JSON in arrays and domains, and types with a cast to
-# JSON of their own, by which row_to_json goes. Domains and arrays count as what they are made of.
-_UNFAITHFUL = """
-WITH RECURSIVE parts (name, type, nested) AS (
-  SELECT a.attname::text, a.atttypid, false FROM pg_catalog.pg_attribute a
-  WHERE a.attrelid = to_regclass(format('public.%%I', %s::text)) AND a.attnum > 0 AND NOT a.attisdropped
+# The type `whole` of a query around it, and whatever a domain, an array or a composite type is made of.
+PARTS = """
+WITH RECURSIVE parts (type) AS (
+  SELECT {whole}
   UNION
-  SELECT p.name, CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.typelem END, true
-  FROM parts p JOIN pg_catalog.pg_type t ON t.oid = p.type
-  WHERE t.typtype = 'd' OR (t.typelem <> 0 AND t.typcategory = 'A'))
-SELECT DISTINCT p.name FROM parts p JOIN pg_catalog.pg_type t ON t.oid = p.type
-WHERE t.typtype = 'c' OR (p.nested AND t.oid IN ('json'::regtype, 'jsonb'::regtype))
-   OR (t.oid >= 16384 AND EXISTS (
-         SELECT FROM pg_catalog.pg_cast c WHERE c.castsource = t.oid AND c.casttarget = 'json'::regtype))
-ORDER BY 1
+  SELECT part.type FROM parts JOIN pg_catalog.pg_type made ON made.oid = parts.type CROSS JOIN LATERAL (
+    SELECT made.typbasetype WHERE made.typtype = 'd'
+    UNION ALL SELECT made.typelem WHERE made.typelem <> 0 AND made.typcategory = 'A'
+    UNION ALL SELECT field.atttypid FROM pg_catalog.pg_attribute field
+      WHERE made.typtype = 'c' AND field.attrelid = made.typrelid AND field.attnum > 0 AND NOT field.attisdropped
+  ) AS part (type))
+SELECT FROM parts JOIN pg_catalog.pg_type type ON type.oid = parts.type
 """
 
 _COLUMNS = """
-SELECT a.attname::text, format_type(a.atttypid, NULL) FROM pg_catalog.pg_attribute a
+SELECT a.attname::text, format_type(a.atttypid, NULL), a.attnotnull AND NOT a.atthasdef AND a.attidentity = '',
+  a.attgenerated <> ''
+FROM pg_catalog.pg_attribute a
 WHERE a.attrelid = to_regclass(format('public.%%I', %s::text)) AND a.attnum > 0 AND NOT a.attisdropped
+ORDER BY a.attnum
 """
+
+# Columns whose values JSON does not give back: of composite types, with JSON in arrays and domains, and of types with
+# a cast to JSON of their own, by which row_to_json goes. Not part of _COLUMNS, which each bite asks: it takes longer.
+_LOSSY = f"""
+SELECT a.attname::text FROM pg_catalog.pg_attribute a
+WHERE a.attrelid = to_regclass(format('public.%%I', %s::text)) AND a.attnum > 0 AND NOT a.attisdropped
+  AND EXISTS ({PARTS.format(whole="a.atttypid")} WHERE type.typtype = 'c'
+    OR (type.oid <> a.atttypid AND type.oid IN ('json'::regtype, 'jsonb'::regtype))
+    OR (type.oid >= 16384 AND EXISTS (
+          SELECT FROM pg_catalog.pg_cast c WHERE c.castsource = type.oid AND c.casttarget = 'json'::regtype)))
+ORDER BY a.attnum
+"""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column as it is now: its type, whether a new row must name it, whether the server computes its value."""
+
+    name: str
+    kind: str
+    required: bool
+    generated: bool
+
+
+def columns(connection: sa.Connection, table: str) -> tuple[Column, ...]:
+    """The columns of a table in their order; none where it is not there."""
+    return tuple(Column(*row) for row in _ask(connection, _COLUMNS, table))
+
+
+def json_columns(connection: sa.Connection, table: str) -> dict[str, str]:
+    """The columns of a table that hold JSON, and the type of each (`json`, `jsonb`)."""
+    return {one.name: one.kind for one in columns(connection, table) if one.kind in {"json", "jsonb"}}
+
+
+def readable(connection: sa.Connection, table: str, names: Iterable[str]) -> bool:
+    """Whether a row's line has in it whatever these columns have when they are made into text."""
+    plain = {"text", "character varying", "json", "jsonb"}
+    return set(names) <= {one.name for one in columns(connection, table) if one.kind in plain}
 
 
 def require_prunable(connection: sa.Connection, log: LogTable, *, archive: bool) -> None:
@@ -62,9 +103,9 @@ def require_prunable(connection: sa.Connection, log: LogTable, *, archive: bool)
 
     `archive`: or when an archive of them would not give back what they are.
     """
-    columns = dict(_ask(connection, _COLUMNS, log.name))
     age = str(getattr(log.age, "name", ""))
-    if (kind := columns.get(age)) != "timestamp with time zone":
+    kind = {one.name: one.kind for one in columns(connection, log.name)}.get(age)
+    if kind != "timestamp with time zone":
         raise SchemaError(
             f"{log.name}.{age} is {kind}, not timestamp with time zone; see `paperclip-worker db check`"
         )
@@ -77,7 +118,10 @@ def require_prunable(connection: sa.Connection, log: LogTable, *, archive: bool)
                 "rows; this release does not know them"
             )
     if archive:
-        _require_faithful(connection, log)
+        if lossy := [name for (name,) in _ask(connection, _LOSSY, log.name)]:
+            raise Refused(f"{log.name}: an archive would not give back the values of {', '.join(lossy)} as they are")
+        if connection.scalar(sa.select(sa.func.current_setting("server_encoding"))) == "SQL_ASCII":
+            raise Refused("the database has no encoding (SQL_ASCII): an archive of its text could not be read")
 
 
 def require_whole(connection: sa.Connection, table: str) -> None:
@@ -86,21 +130,13 @@ def require_whole(connection: sa.Connection, table: str) -> None:
         raise Refused(f"{table} is partitioned, or other tables inherit from it: this release cannot work on it")
 
 
-def _require_faithful(connection: sa.Connection, log: LogTable) -> None:
-    if found := [name for (name,) in _ask(connection, _UNFAITHFUL, log.name)]:
-        raise Refused(f"{log.name}: an archive would not give back the values of {', '.join(found)} as they are")
-    if connection.scalar(sa.select(sa.func.current_setting("server_encoding"))) == "SQL_ASCII":
-        raise Refused("the database has no encoding (SQL_ASCII): an archive of its text could not be read")
-
-
 def unknown(connection: sa.Connection, layout: Layout, records: Records) -> tuple[sa.ColumnClause[Any], ...]:
     """The columns a table has in the live database that the catalogue does not know, bound to the table."""
     known = catalogue.load(layout.name).tables[records.name].columns
     return tuple(
-        # A look at a column of the table that its narrow description here does not have.
-        sa.column(name, sa.Text(), _selectable=records.table)
-        for name, _ in sorted(_ask(connection, _COLUMNS, records.name))
-        if name not in known
+        of(records.table, sa.column(one.name, sa.Text()))
+        for one in columns(connection, records.name)
+        if one.name not in known
     )
 
 

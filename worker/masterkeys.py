@@ -16,9 +16,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 from worker import keyfile, keyring
-from worker.db import Xid8
 from worker.errors import Refused
 from worker.ledger import RUNS, SCHEMA
+from worker.pgtypes import Xid8
 
 if TYPE_CHECKING:
     from worker.keyring import MasterKey

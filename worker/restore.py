@@ -16,7 +16,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from psycopg import sql
 
-from worker import archive, audit, layouts, ledger, ledger_shards, lines, parents
+from worker import archive, audit, layouts, ledger, ledger_shards, lines, livetable, parents
 from worker.errors import ArchiveTampered, Refused, UnderWay
 from worker.job import Shard
 from worker.lines import Reader
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from worker.archive import ArchivedObject
     from worker.layouts.model import LogTable
     from worker.ledger import Run
+    from worker.livetable import Column
     from worker.means import Means
     from worker.storage import Store
 
@@ -201,7 +202,7 @@ class Restore:
             raise Refused(
                 f"the archive has {', '.join(lacks)}, which the table lacks; its rows would not come back whole"
             )
-        if wants := [name for name in lines.required(self._connection, self.log.name) if name not in names]:
+        if wants := [one.name for one in self._columns if one.required and one.name not in names]:
             raise Refused(
                 f"{self.log.name} wants a value for {', '.join(wants)}, which the archive lacks; give it a default"
             )
@@ -229,7 +230,8 @@ class Restore:
     def _insert(self, part: Sequence[str]) -> tuple[int, bool]:
         """How many rows were inserted, and whether each is its line again."""
         names = lines.columns(part[0])
-        given = [name for name in names if name not in self._generated]
+        computed = {one.name for one in self._columns if one.generated}
+        given = [name for name in names if name not in computed]
         statement = sql.SQL(
             "WITH given AS (SELECT line FROM string_to_table({given}, E'\\n') AS l (line)), "
             # OFFSET 0: once a line, and not once a column; a join with the function takes longer.
@@ -251,11 +253,11 @@ class Restore:
 
     @cached_property
     def _json_columns(self) -> dict[str, str]:
-        return lines.json_columns(self._connection, self.log.name)
+        return livetable.json_columns(self._connection, self.log.name)
 
     @cached_property
-    def _generated(self) -> list[str]:
-        return lines.generated(self._connection, self.log.name)
+    def _columns(self) -> tuple[Column, ...]:
+        return livetable.columns(self._connection, self.log.name)
 
     def _line_of(self, table: str, names: Sequence[str]) -> sql.Composable:
         return lines.line_of(table, names, self._json_columns)

@@ -39,7 +39,8 @@ class Retiring:
         if self._key is not None:
             return [one for one in held if one.old_key == self._key][:1]
         # After a rollback the key in use lies under a seal as well.
-        return [one for one in held if one.old_key != self._current.fingerprint]
+        others = (one for one in held if one.old_key != self._current.fingerprint)
+        return list({one.old_key: one for one in others}.values())
 
     @property
     def due(self) -> list[Rotation]:
@@ -49,7 +50,7 @@ class Retiring:
         """
         if self._key is not None:
             return self.swept
-        held = masterkeys.under_seal(self._connection)
+        held = [one for one in masterkeys.under_seal(self._connection) if one.old_key != self._current.fingerprint]
         stay = {one.old_key for one in held if not self._over(one)}
         while more := {one.new_key for one in held if one.old_key in stay} - stay:
             stay |= more

@@ -6,7 +6,9 @@ import math
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import click
@@ -64,6 +66,19 @@ def check_refusal(done: subprocess.CompletedProcess[str], *, says: str, status: 
     assert done.stdout == ""
     assert done.returncode == status, (done.returncode, lines[0])
     return lines[0]
+
+
+@contextmanager
+def least(deployment: Deployment, *words: str) -> Iterator[dict[str, str]]:
+    """The environment of a role with just what `db grants` prints, with these words of it."""
+    url = urlsplit(deployment.environment["DATABASE_URL"])
+    role = f"least_of_{url.path.removeprefix('/')}"
+    deployment.query(f"CREATE ROLE {role} LOGIN PASSWORD 'pw'")
+    deployment.query(deployment.cli("db", "grants", "--role", role, *words).stdout)
+    try:
+        yield {"DATABASE_URL": f"postgres://{role}:pw@{url.netloc.rpartition('@')[2]}{url.path}"}
+    finally:
+        deployment.query(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 def start(operations: Operations, **fields: Any) -> UUID:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from uuid import UUID, uuid4
 
@@ -10,11 +12,13 @@ import pytest
 
 from tasks.archive_tasks import ArchiveTasks
 from tasks.prune_logs import PruneLogs
-from tests.conftest import Deployment
+from tests.conftest import ROOT, Deployment
+from tests.faults.evidence import wait
 from worker import timetable
 from worker.app import MOST_RESCUES, Site, make
 from worker.errors import Refused
 from worker.job import Job
+from worker.means import Means
 from worker.operations import Operations
 from worker.runner import Outcome
 
@@ -100,6 +104,25 @@ def test_a_worker_without_the_bucket_fails_the_run(released: Deployment, small: 
     assert small.result(run)["kept"]
 
 
+def test_an_index_that_cannot_be_written_does_not_keep_a_run_from_its_end(
+    released: Deployment, small: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For whatever reason, one in the middle of a statement too."""
+    run = _under_way(small)
+
+    def broken(_: PruneLogs, means: Means) -> dict[str, str]:
+        means.connection.exec_driver_sql("SELECT 1 / 0")
+        return {}
+
+    monkeypatch.setattr(PruneLogs, "index", broken)
+    assert small.stop(str(run)).state.value == "stopped"
+    assert small.result(run)["receipt"]["evidence"] == {"index": "not written: DataError"}
+    monkeypatch.undo()
+    small.resume(str(run))
+    assert small.runner().work(run, seconds=60) is Outcome.SETTLED
+    assert small.result(run)["kept"]
+
+
 @pytest.mark.parametrize("change", ["params = params || '{\"later\": true}'", "job = 'of-a-later-release'"])
 def test_a_run_that_this_release_does_not_know(released: Deployment, change: str) -> None:
     operations = released.operations
@@ -172,3 +195,37 @@ def test_a_run_that_is_resumed_is_rescued_as_often_as_a_new_one(released: Deploy
     site.rescue()
     assert released.operations.result(run)["state"] == "queued"
     assert site.sent == [run] * (MOST_RESCUES + 1)
+
+
+_BREAKS = """
+import sys
+from celery import bootsteps
+from worker import app, config
+
+class Breaks(bootsteps.StartStopStep):
+    def start(self, parent):
+        raise RuntimeError
+
+def made(*given, make=app.make):
+    found = make(*given)
+    found.steps["worker"].add(Breaks)
+    return found
+
+app.make = made
+sys.exit(app.run_worker(config.load(), concurrency=1))
+"""
+
+
+def test_a_worker_that_breaks_down_ends_with_another_status_than_one_that_was_told_to_end(
+    released: Deployment,
+) -> None:
+    """A supervisor goes by it."""
+    env = {name: value for name, value in released.process_environment().items() if name != "PYTHONWARNINGS"}
+    broken = subprocess.run(
+        [sys.executable, "-c", _BREAKS], cwd=ROOT, env=env, capture_output=True, timeout=60, check=False
+    )
+    assert broken.returncode == 1
+    with make(released.operations.settings) as celery, released.worker() as process:
+        wait(lambda: celery.control.ping(timeout=0.3))
+        process.terminate()
+        assert process.wait(30) == 0

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from tasks.archive_tasks import ArchiveTasks
+from tests.cli.helpers import least
 from tests.conftest import NOW, Deployment
 from tests.promises.board import OLD, Board
 from worker.job import Batch
@@ -265,18 +266,16 @@ def test_a_policy_decides_and_an_age_can_only_keep_longer(board: Board) -> None:
 
 def test_the_printed_grants_are_enough(board: Board) -> None:
     board.tasks(3)
-    url = board.deployment.environment["DATABASE_URL"]
-    role = f"archiver_{url.rpartition('/')[2]}"
-    board.sql(f"CREATE ROLE {role} LOGIN PASSWORD 'pw'")
-    board.sql(board.deployment.cli("db", "grants", "--role", role).stdout.replace("%", "%%"))
-    least = {"DATABASE_URL": url.replace(url.partition("//")[2].partition("@")[0], f"{role}:pw")}
     run = ("run", "archive-tasks", "--company", str(board.company), "--inline", "--yes", "--json")
-    done = json.loads(board.deployment.cli(*run, env=least).stdout)
-    assert done["rows"] == 3
-    undone = json.loads(board.deployment.cli(*run, "--undo", done["run"], env=least).stdout)
-    assert undone["rows"] == 3
-    with psycopg.connect(least["DATABASE_URL"]) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
-        connection.execute(f"UPDATE {board.table} SET status = 'todo'".encode())
+    with least(board.deployment) as login:
+        done = json.loads(board.deployment.cli(*run, env=login).stdout)
+        assert done["rows"] == 3
+        undone = json.loads(board.deployment.cli(*run, "--undo", done["run"], env=login).stdout)
+        assert undone["rows"] == 3
+        with psycopg.connect(login["DATABASE_URL"]) as connection:
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(f"UPDATE {board.table} SET status = 'todo'".encode())
+            connection.rollback()
 
 
 def test_companies_are_kept_apart(board: Board) -> None:

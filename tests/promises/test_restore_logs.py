@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 from uuid import UUID
 
 import pytest
 
 from tasks.prune_logs import PruneLogs
 from tasks.restore_logs import RestoreLogs
+from tests.cli.helpers import least
 from tests.conftest import ROOT, Deployment
 from tests.faults import doomed
 from tests.faults.evidence import complete as take_up
@@ -182,12 +182,8 @@ def test_without_either_the_next_prune_takes_them_again(released: Deployment) ->
 def test_the_printed_grants_are_enough(deployment: Deployment) -> None:
     before = content(deployment, "activity_log")
     run = prune(deployment)
-    role = f"restorer_{deployment.environment['DATABASE_URL'].rpartition('/')[2]}"
-    url = urlsplit(deployment.environment["DATABASE_URL"])
-    deployment.query(f"CREATE ROLE {role} LOGIN PASSWORD 'pw'")
-    deployment.query(deployment.cli("db", "grants", "--role", role).stdout)
-    login = {"DATABASE_URL": f"postgres://{role}:pw@{url.netloc.rpartition('@')[2]}{url.path}"}
-    deployment.cli("run", "restore-logs", "--run", str(run), "--inline", env=login)
+    with least(deployment) as login:
+        deployment.cli("run", "restore-logs", "--run", str(run), "--inline", env=login)
     assert content(deployment, "activity_log") == before
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime, timedelta, tzinfo
 
+import psycopg
 import pytest
+import sqlalchemy as sa
 import zstandard
 from psycopg import sql
 
 from tasks.prune_logs import PruneLogs
 from tasks.restore_logs import RestoreLogs
-from tests.cli.helpers import INLINE, keys, refused, world
-from tests.conftest import Deployment
+from tests.cli.helpers import INLINE, keys, least, refused, world
+from tests.conftest import NOW, Deployment
 from tests.promises.archived import complete, content, objects_of, prune, restore, store_of
+from worker import ledger
+from worker.layouts import demo_schema
 from worker.params import RunId
 
 LOGS = ("--table", "plugin_logs", "--older-than", "20d")
@@ -97,27 +99,69 @@ def test_a_default_of_reading_only_does_not_bind_the_worker(released: Deployment
     _reset(released)
 
 
+def test_a_transaction_has_settings_of_its_own_whatever_the_database_has(released: Deployment) -> None:
+    """Each decides how a value becomes text, what is seen, or how long a plan takes to make."""
+    others = {
+        "timezone": "Asia/Tokyo",
+        "datestyle": "German",
+        "intervalstyle": "iso_8601",
+        "extra_float_digits": "-3",
+        "bytea_output": "escape",
+        "lc_monetary": "POSIX",
+        "row_security": "on",
+        "jit": "on",
+        "client_encoding": "LATIN1",
+    }
+    for name, value in others.items():
+        _set(released, f"{name} = '{value}'")
+    with released.operations.transaction(read_only=True) as connection:
+        found = {name: connection.exec_driver_sql(f"SHOW {name}").scalar() for name in others}
+    _reset(released)
+    assert found == {
+        "timezone": "UTC",
+        "datestyle": "ISO, YMD",
+        "intervalstyle": "postgres",
+        "extra_float_digits": "1",
+        "bytea_output": "hex",
+        "lc_monetary": "C",
+        "row_security": "off",
+        "jit": "off",
+        "client_encoding": "UTF8",
+    }
+
+
+def test_text_without_an_encoding_is_not_archived(
+    released: Deployment, make_deployment: Callable[..., Deployment]
+) -> None:
+    name = f"{_database(released)}_ascii"
+    url = released.environment["DATABASE_URL"].rpartition("/")[0] + f"/{name}"
+    with psycopg.connect(released.environment["DATABASE_URL"], autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' TEMPLATE template0".encode())
+        try:
+            engine = sa.create_engine(
+                url.replace("postgres:", "postgresql+psycopg:", 1), connect_args={"client_encoding": "utf8"}
+            )
+            with engine.begin() as connection:
+                demo_schema.create(connection, "paperclip")
+                demo_schema.seed(connection, "paperclip", rows=100, now=NOW)
+            ledger.init(engine)
+            engine.dispose()
+            bare = make_deployment(url, "paperclip")
+            refused(bare, *INLINE, *LOGS, says="the database has no encoding")
+            assert keys(bare) == []
+            bare.operations.close()
+        finally:
+            admin.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
 # -- rows that a role does not see ----------------------------------------------------------------------
-
-
-@contextmanager
-def _as_least(deployment: Deployment) -> Iterator[dict[str, str]]:
-    """The environment of a role with just the printed grants."""
-    role = f"least_{_database(deployment)}"
-    deployment.query(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
-    deployment.query(deployment.cli("db", "grants", "--role", role).stdout)
-    try:
-        yield {"DATABASE_URL": re.sub(r"//[^@]*@", f"//{role}:x@", deployment.environment["DATABASE_URL"])}
-    finally:
-        deployment.query(f"DROP OWNED BY {role}")
-        deployment.query(f"DROP ROLE {role}")
 
 
 @pytest.mark.parametrize("table", ["issues", "activity_log"])
 def test_rows_that_a_policy_hides_stop_the_prune(released: Deployment, table: str) -> None:
     """An open issue that is not seen keeps nothing; a row that is not seen is not old."""
     released.query(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
-    with _as_least(released) as env:
+    with least(released) as env:
         before = (world(released), keys(released))
         refused(released, *INLINE, says="row level security", env=env)
         assert (world(released), keys(released)) == before

@@ -17,6 +17,7 @@ from tests.rotation.test_manual import _begin, _journal, _permit, _work, _work_u
 from tests.rotation.vault import Vault
 from worker import keyfile, keyring
 from worker.errors import Refused
+from worker.keyring import MasterKey
 
 ROTATE = ("run", "rotate-master-key", "--inline", "--yes")
 RETIRE = ("run", "retire-master-key", "--inline", "--yes")
@@ -31,16 +32,22 @@ def _refused(vault: Vault, *words: str, says: str) -> None:
 # -- runs that another has overtaken --------------------------------------------------------------------
 
 
-def test_a_run_does_not_go_on_once_another_has_exchanged_the_key(released_vault: Vault) -> None:
-    """It would take the other's key in the file for its own unfinished cut-over, and put the old one back."""
-    vault = released_vault
+def _overtaken(vault: Vault) -> tuple[UUID, str, MasterKey]:
+    """A run that was stopped before its cut-over, the one that brought the same key since, and that key."""
     path, new = steps.key_file(vault)
     first = steps.start(vault, new_key_file=str(path))
     steps.work_until(vault, first, steps.CUT_OVER)
     vault.deployment.operations.stop(str(first))
     second = vault.run("--new-key-file", str(path))
     assert second["kept"]
-    _refused(vault, "runs", "resume", str(first), "--inline", says=f"run {second['run']} has exchanged the key since")
+    return first, second["run"], new
+
+
+def test_a_run_does_not_go_on_once_another_has_exchanged_the_key(released_vault: Vault) -> None:
+    """It would take the other's key in the file for its own unfinished cut-over, and put the old one back."""
+    vault = released_vault
+    first, second, new = _overtaken(vault)
+    _refused(vault, "runs", "resume", str(first), "--inline", says=f"run {second} has exchanged the key since")
     assert vault.now == new
     assert vault.opened(new) == vault.held
 
@@ -60,11 +67,7 @@ def test_nor_does_a_rollback_that_another_has_done(released_vault: Vault) -> Non
 def test_an_overtaken_run_that_is_under_way_all_the_same_puts_no_key_back(released_vault: Vault) -> None:
     """As a release without the guard left it: reopened."""
     vault = released_vault
-    path, new = steps.key_file(vault)
-    first = steps.start(vault, new_key_file=str(path))
-    steps.work_until(vault, first, steps.CUT_OVER)
-    vault.deployment.operations.stop(str(first))
-    assert vault.run("--new-key-file", str(path))["kept"]
+    first, _, new = _overtaken(vault)
     vault.deployment.query(
         "UPDATE paperclip_worker.runs SET state = 'running', settled_at = NULL WHERE id = %s", first
     )
@@ -202,6 +205,14 @@ def test_an_autovacuum_does_not_hold_up_the_cut_over(released_vault: Vault) -> N
     assert vault.opened(vault.now) == vault.held
 
 
+def test_a_materialized_view_that_holds_nothing_yet_is_nothing_to_look_into(released_vault: Vault) -> None:
+    vault = released_vault
+    vault.deployment.query(
+        "CREATE MATERIALIZED VIEW mine AS SELECT material AS m FROM company_secret_versions WITH NO DATA"
+    )
+    assert vault.run("--generate")["kept"]
+
+
 # -- keys that must stay --------------------------------------------------------------------------------
 
 
@@ -232,6 +243,17 @@ def test_a_key_stays_until_the_last_of_its_seals_is_over(released_vault: Vault) 
     _end(vault, third["run"])
     assert vault.deployment.json(*RETIRE)["kept"]
     assert _sealed(vault) == []
+
+
+def test_the_seal_of_the_key_in_use_keeps_no_other(released_vault: Vault) -> None:
+    """After a rollback: the key that was rolled back to lies under the one that goes."""
+    vault = released_vault
+    first = vault.run("--generate")
+    gone = vault.now
+    back = vault.run("--rollback", first["run"], "--retire-after", "1d")
+    _end(vault, back["run"])
+    assert vault.deployment.json(*RETIRE)["receipt"]["evidence"]["retired"] == [gone.fingerprint]
+    assert vault.opened(vault.now) == vault.held
 
 
 def test_a_key_under_which_another_still_lies_does_not_keep_the_sweep_from_its_work(released_vault: Vault) -> None:
