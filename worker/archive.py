@@ -18,8 +18,9 @@ from uuid import UUID
 
 import zstandard
 
-from worker import canonical, db
+from worker import canonical, db, needles
 from worker.errors import ArchiveTampered, Refused, StorageFault, WorkerError
+from worker.needles import Needles
 from worker.pgtypes import Tids
 from worker.storage import Missing, Store, read_digest
 
@@ -34,7 +35,6 @@ _SPOOL = 8 << 20
 # Objects are read at the same time: a request waits more than it works.
 _READERS = 4
 INSTANCE = "instance"
-_NO = b"\0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,21 +62,22 @@ def write(
     connection: sa.Connection,
     query: sa.Select[Any],
     *,
+    doubted: Needles,
     again: Callable[[Tids], sa.Select[Any]],
     table: str,
     run: UUID,
 ) -> tuple[tuple[ArchivedObject, ...], Tids, dict[str | None, int]]:
     """Stream `query` (of `copies.query`) into one object per company, and read each back.
 
-    Lines in doubt are left out, and taken by the query that `again` makes of their addresses. Returns the objects,
-    the addresses of their rows, and the bytes these take in the table per company. Raises StorageFault when the store
-    does not give back the very bytes; nothing may be deleted then.
+    Lines put together with one that has something `doubted` are left out, and taken by the query that `again` makes
+    of their addresses. Returns the objects, the addresses of their rows, and the bytes these take in the table per
+    company. Raises StorageFault when the store does not give back the very bytes; nothing may be deleted then.
     """
     spools: dict[str | None, _Spool] = {}
     try:
-        addresses, doubtful = _fill(spools, connection, query)
+        addresses, doubtful = _fill(spools, connection, query, doubted)
         if doubtful.number:
-            addresses.join(_fill(spools, connection, again(doubtful))[0])
+            addresses.join(_fill(spools, connection, again(doubtful), needles.of(()))[0])
         objects = tuple(_store(store, spool, table, run) for _, spool in sorted(spools.items(), key=_by_company))
         return objects, addresses, {whose: spool.size for whose, spool in spools.items()}
     finally:
@@ -88,13 +89,15 @@ def _by_company(item: tuple[str | None, _Spool]) -> str:
     return item[0] or ""
 
 
-def _fill(spools: dict[str | None, _Spool], connection: sa.Connection, query: sa.Select[Any]) -> tuple[Tids, Tids]:
+def _fill(
+    spools: dict[str | None, _Spool], connection: sa.Connection, query: sa.Select[Any], doubted: Needles
+) -> tuple[Tids, Tids]:
     """The addresses of the rows that were taken, and of those in doubt."""
     addresses, doubtful = Tids(), Tids()
-    for company, rows, size, first, last, places, lines, doubt in db.copy_rows(connection, query):
+    for company, rows, size, first, last, places, lines in db.copy_rows(connection, query):
         whose = company.decode() if company is not None else None
         number = int.from_bytes(rows)
-        if doubt != _NO:
+        if doubted.any_in(lines):
             doubtful.add(places, number)
             continue
         addresses.add(places, number)

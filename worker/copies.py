@@ -21,11 +21,11 @@ _LARGE = 2_000
 
 
 def query(rows: RowSet, connection: sa.Connection, batch: Batch, *, unread: bool = False) -> sa.Select[Any]:
-    """A batch's rows as lines, many at once: company, rows, bytes, first and last age, addresses, lines, doubt.
+    """A batch's rows as lines, many at once: company, rows, bytes, first and last age, addresses, lines.
 
     Every column of a row, known to us or not. The server puts the lines together: one by one they cost both
-    sides more than the JSON in them. `unread`: no row is looked into on its own, and doubt says that among these
-    one may have what a keep looks for.
+    sides more than the JSON in them. `unread`: no row is looked into, and so some of these may have what a keep
+    looks for.
     """
     line = lines.archived(rows.what.name, livetable.json_columns(connection, rows.what.name)).as_string()
     company = sa.null() if rows.what.company is None else rows.what.company
@@ -44,7 +44,6 @@ def query(rows: RowSet, connection: sa.Connection, batch: Batch, *, unread: bool
     row = found.c
     # A large row stands alone, or those together would have no bound.
     part = sa.case((row.size > _LARGE, -row.number), else_=row.number // _TOGETHER)
-    together = sa.func.string_agg(row.line, "\n")
     return sa.select(
         sa.cast(row.company, sa.Text),
         sa.func.count(),
@@ -52,15 +51,14 @@ def query(rows: RowSet, connection: sa.Connection, batch: Batch, *, unread: bool
         sa.cast(sa.func.min(row.age), sa.Text),
         sa.cast(sa.func.max(row.age), sa.Text),
         sa.func.array_agg(row.address),
-        together,
-        lines.has_any(together, [one for keep in rows.keeps for one in keep.needles]) if unread else sa.false(),
+        sa.func.string_agg(row.line, "\n"),
     ).group_by(row.company, part)
 
 
 def readable(rows: RowSet, connection: sa.Connection) -> bool:
     """Whether some keep looks into the rows' texts, and a look into their lines finds no less."""
     texts = (one.name for one in rows.what.texts)
-    return any(keep.needles for keep in rows.keeps) and livetable.readable(connection, rows.what.name, texts)
+    return bool(rows.needles) and livetable.readable(connection, rows.what.name, texts)
 
 
 def at(batch: Batch, addresses: Tids, sizes: Mapping[str | None, int]) -> Batch:

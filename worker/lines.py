@@ -75,12 +75,6 @@ def _null(table: str, column: str, kind: str) -> sql.Composable:
     return sql.SQL(test).format(column=sql.Identifier(table, column))
 
 
-def has_any(text: sa.ColumnElement[str], needles: Iterable[str]) -> sa.ColumnElement[bool]:
-    """Whether lines have one of these anywhere: as it is (in a JSON column), or as JSON writes it (in another)."""
-    written = {form for one in needles for form in (one, json.dumps(one, ensure_ascii=False)[1:-1])}
-    return sa.or_(sa.false(), *(sa.func.strpos(text, one) > 0 for one in sorted(written)))
-
-
 def marked(lines: Iterable[str]) -> bool:
     """Whether a line may name JSON nulls."""
     return any(line.endswith("]}") and JSON_NULLS in line for line in lines)

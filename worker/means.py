@@ -12,7 +12,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import archive, copies, holds, layouts, ledger_shards, livetable, retention, slices
+from worker import archive, copies, holds, layouts, ledger_shards, livetable, needles, retention, slices
 from worker.errors import Refused
 from worker.restore import Restore, require_none, require_not_restored
 from worker.retirement import Retiring
@@ -136,10 +136,12 @@ class Means:
     def archive(self, rows: RowSet, batch: Batch) -> tuple[Batch, tuple[ArchivedObject, ...]]:
         """Write a batch's rows to the store and read them back; the batch of just these rows, and the objects."""
         store, run = self._archive()
+        unread = copies.readable(rows, self.connection)
         objects, addresses, sizes = archive.write(
             store,
             self.connection,
-            copies.query(rows, self.connection, batch, unread=copies.readable(rows, self.connection)),
+            copies.query(rows, self.connection, batch, unread=unread),
+            doubted=needles.of(rows.needles if unread else ()),
             again=lambda places: copies.query(rows, self.connection, copies.among(batch, places)),
             table=rows.what.name,
             run=run,

@@ -52,6 +52,11 @@ class RowSet:
         """The rows that go."""
         return sa.and_(self.old, *(~keep.rows for keep in self.keeps))
 
+    @property
+    def needles(self) -> tuple[str, ...]:
+        """What the keeps look for in the texts of every row."""
+        return tuple(one for keep in self.keeps for one in keep.needles)
+
     # -- counting -------------------------------------------------------------------------------------
 
     def count(

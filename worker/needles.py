@@ -1,0 +1,47 @@
+"""Many words looked for at once in the lines of an archive, as they are on their way out.
+
+The server's strpos takes 0.15 µs a row and word; this takes as much for a thousand words, beside the server's work.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable
+from functools import lru_cache
+
+import hyperscan
+
+
+class Needles:
+    """Words, and whether any of them is somewhere in a text. Not shared between threads."""
+
+    def __init__(self, words: frozenset[str]) -> None:
+        # As a word is in a JSON column, whose text a line has as it is, and as JSON writes it in any other.
+        forms = {form.encode() for one in words for form in (one, json.dumps(one, ensure_ascii=False)[1:-1])}
+        self._found = False
+        self._database = hyperscan.Database()
+        if forms:
+            self._database.compile(expressions=sorted(forms), flags=hyperscan.HS_FLAG_SINGLEMATCH, literal=True)
+        self._forms = forms
+
+    def any_in(self, text: bytes) -> bool:
+        """Whether some word is in the text, which is UTF-8 and has JSON in it."""
+        if not self._forms:
+            return False
+        self._found = False
+        self._database.scan(text, match_event_handler=self._note)
+        return self._found
+
+    def _note(self, *_: object) -> None:
+        self._found = True
+
+
+def of(words: Iterable[str]) -> Needles:
+    """The words as they were made ready for this thread's last bites."""
+    return _made(frozenset(words), threading.get_ident())
+
+
+@lru_cache(maxsize=16)
+def _made(words: frozenset[str], _thread: int) -> Needles:
+    return Needles(words)
