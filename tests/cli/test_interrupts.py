@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -131,3 +134,32 @@ def test_what_somebody_entered_fakes_no_line_of_a_table(released: Deployment) ->
     assert len(lines) == 1
     found = dict(zip(header.split("\t"), lines[0].split("\t"), strict=True))
     assert found["actor"] == r"x\ty\nz\x1b[31m"
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that servers can go to, which do not run as root; what pytest gives is closed to them."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+def test_sigterm_ends_a_demo_with_its_servers_and_their_directory(public: Path) -> None:
+    with subprocess.Popen(
+        [*CLI, "demo", "--rows", "20000"],
+        env={**os.environ, "TMPDIR": str(public)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            wait(lambda: any(public.glob("*/worker.log")), seconds=60)
+            process.terminate()
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (128 + signal.SIGTERM, "")
+    assert list(public.iterdir()) == []
+    commands = [one.read_bytes() for one in Path("/proc").glob("[0-9]*/cmdline") if one.exists()]
+    assert not [one for one in commands if str(public).encode() in one]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,8 @@ def demo(layout: str, rows: int, keep: bool, stop: Path | None, as_json: bool) -
         embedded.stop_kept(stop)
         shutil.rmtree(stop)
         return Exit.KEPT
+    # Whoever stops the demo wants its servers and their directory gone with it; 128 + the signal, as shells have it.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     common.talk("starting PostgreSQL, Redis and S3")
     servers = embedded.start(outlive=keep, keep=keep)
     try:
