@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -13,7 +15,8 @@ import pytest
 from tasks.archive_tasks import ArchiveTasks
 from tasks.prune_logs import PruneLogs
 from tests.cli.helpers import check_refusal, complete, keys, refused, world
-from tests.conftest import Deployment
+from tests.conftest import NOW, Deployment
+from tests.promises.board import Board
 from worker import holds, rules
 from worker.job import Job
 from worker.params import RunId
@@ -119,6 +122,101 @@ def test_rows_of_a_held_tasks_runs_stay_by_whichever_name_a_run_has_it(released:
     result = _run(released, PruneLogs(table="heartbeat_run_events", older_than=timedelta(days=20)))
     assert (result["kept"], result["rows"]) == (True, 0)
     assert sum(one["rows"] for one in result["left"] if one["reason"] == "legal_hold") > 0
+
+
+def _ended_task(board: Board, **columns: Any) -> UUID:
+    task = board.task()
+    for name, value in columns.items():
+        board.sql(f"UPDATE issues SET {name} = %(value)s WHERE id = %(task)s", task=task, value=value)
+    return task
+
+
+@pytest.mark.parametrize("column", ["parent_id", "origin_id"])
+def test_a_task_that_names_a_held_one_stays(released: Deployment, column: str) -> None:
+    board = Board(deployment=released)
+    held = board.task()
+    of_it, other = _ended_task(board, **{column: held}), board.task()
+    _hold(released, "task", str(held))
+    result = board.archive()
+    assert [board.hidden(one) for one in (held, of_it, other)] == [False, False, True]
+    assert [one["rows"] for one in result["left"] if one["reason"] == "legal_hold"] == [2]
+
+
+@pytest.mark.parametrize("archive", [True, False])
+@pytest.mark.parametrize(
+    ("table", "columns"),
+    [
+        ("secret_access_events", {"consumer_type": "issue", "consumer_id": "held"}),
+        ("tool_access_audit_events", {"correlation_id": "held"}),
+        ("activity_log", {"entity_type": "heartbeat_run", "entity_id": "run", "run_id": None}),
+        ("heartbeat_run_events", {"run_id": "run"}),
+    ],
+)
+def test_rows_that_name_a_held_task_or_its_run_stay(
+    released: Deployment, table: str, columns: dict[str, str | None], archive: bool
+) -> None:
+    """By whatever column; `run` is the one that the task itself names, and that says nothing of the task."""
+    board = Board(deployment=released)
+    held = _ended_task(board, execution_run_id=board.run)
+    names = {"held": held, "run": board.run}
+    made = _old_row(board, table, {column: names.get(value or "", value) for column, value in columns.items()})
+    other = _old_row(board, table, {"run_id": _another_run(board)} if "run_id" in columns else {})
+    _hold(released, "task", str(held))
+    result = _run(released, PruneLogs(table=table, company=(board.company,), archive=archive))
+    assert result["kept"]
+    left = board.sql(
+        f"SELECT id::text FROM {table} WHERE company_id = %(company)s AND id::text = ANY(%(ids)s)", ids=[made, other]
+    )
+    assert left == [(made,)]
+
+
+def _another_run(board: Board) -> UUID:
+    ((found,),) = board.sql(
+        "INSERT INTO heartbeat_runs (company_id, agent_id, status) VALUES (%(company)s, %(agent)s, 'succeeded') "
+        "RETURNING id"
+    )
+    return UUID(str(found))
+
+
+def _old_row(board: Board, table: str, columns: dict[str, Any]) -> str:
+    """A row of a log of half a year ago with these columns; its id."""
+    given = dict.fromkeys(columns)
+    needed = board.sql(
+        "SELECT a.attname::text, a.atttypid::regtype::text FROM pg_attribute a "
+        "WHERE a.attrelid = %(table)s::regclass AND a.attnum > 0 AND NOT a.attisdropped AND a.attnotnull "
+        "AND NOT a.atthasdef AND a.attidentity = ''",
+        table=table,
+    )
+    fill = {"text": "x", "integer": 1, "bigint": 1, "uuid": None, "jsonb": "{}", "boolean": False}
+    values = {name: fill.get(kind) for name, kind in needed if name not in given} | columns
+    values |= {"company_id": board.company, "created_at": NOW - timedelta(days=180)}
+    if "agent_id" in values:
+        values["agent_id"] = board.agent
+    names = ", ".join(values)
+    ((found,),) = board.sql(
+        f"INSERT INTO {table} ({names}) VALUES ({', '.join(f'%({name})s' for name in values)}) RETURNING id::text",
+        **values,
+    )
+    return str(found)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+@pytest.mark.parametrize("user", ["CORP\\alice", 'a"b'])
+def test_a_user_whose_id_json_writes_otherwise_is_found_in_it(released: Deployment, user: str, archive: bool) -> None:
+    """In JSON, and in the text of a column that is JSON again."""
+    board = Board(deployment=released)
+    _user(released, user)
+    details = json.dumps({"by": user})
+    rows = [
+        _old_row(board, "activity_log", {"details": details}),
+        _old_row(board, "activity_log", {"details": json.dumps({"was": details})}),
+        _old_row(board, "activity_log", {"actor_id": user}),
+    ]
+    free = _old_row(board, "activity_log", {"details": json.dumps({"by": user[:-1]})})
+    _hold(released, "user", user)
+    assert _run(released, PruneLogs(company=(board.company,), archive=archive))["kept"]
+    left = board.sql("SELECT id::text FROM activity_log WHERE id::text = ANY(%(ids)s)", ids=[*rows, free])
+    assert sorted(left) == sorted((one,) for one in rows)
 
 
 @pytest.mark.parametrize("kind", holds.KINDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -104,3 +105,31 @@ def test_bites_do_not_wait_for_the_disk_and_the_receipt_does(
     operations = released.with_settings()
     operations.runner().work(operations.start(JOB, actor="tester", via="test"), seconds=math.inf)
     assert seen == {"claim": {"off"}, "append": {"on"}}
+
+
+def test_security_events_stay_where_that_was_asked_for(deployment: Deployment) -> None:
+    age = layouts.LAYOUTS[deployment.layout].log("activity_log").age.name
+    stays = ("auth.login", "secret.read", "company.updated", "company_member.removed", "board_api_key.created")
+    goes = ("authx", "companyx.updated", "issue.updated")
+    free = ""
+    if deployment.layout == "paperclip":
+        deployment.query("DELETE FROM decision_effect_executions")
+        free = ", entity_type = 'x', run_id = NULL"
+    deployment.query(f"UPDATE activity_log SET action = 'other'{free}")
+    for number, action in enumerate((*stays, *goes)):
+        deployment.query(
+            f'UPDATE activity_log SET action = %s WHERE id = (SELECT id FROM activity_log ORDER BY "{age}" '
+            f"OFFSET {number * 3} LIMIT 1)",
+            action,
+        )
+    job = PruneLogs(older_than=timedelta(days=20), keep_security=True)
+    found = deployment.query("SELECT action FROM activity_log WHERE action = ANY(%s)", [*stays, *goes])
+    assert set(found) == {(one,) for one in (*stays, *goes)}
+    run = deployment.operations.start(job, actor="tester", via="test")
+    deployment.operations.runner().work(run, seconds=math.inf)
+    result = deployment.operations.result(run)
+    assert result["kept"]
+    assert sum(one["rows"] for one in result["left"] if one["reason"] == "security") == len(stays)
+    assert set(deployment.query("SELECT action FROM activity_log WHERE action = ANY(%s)", [*stays, *goes])) == {
+        (one,) for one in stays
+    }

@@ -7,7 +7,15 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
-from worker.layouts.model import Carrier, Layout, LogTable, Subject, TaskTable, record_activity
+from worker.layouts.model import (
+    SECURITY_ACTIONS,
+    Carrier,
+    Layout,
+    LogTable,
+    Subject,
+    TaskTable,
+    record_activity,
+)
 
 _meta = sa.MetaData(schema="public")
 _TIME = sa.DateTime(timezone=True)
@@ -58,7 +66,7 @@ _ACTIVITY_LOG = LogTable(
     age=ACTIVITY.c.timestamp,
     company=ACTIVITY.c.company_id,
     indexed=True,
-    security=sa.or_(*(ACTIVITY.c.action.like(family) for family in ("auth.%", "secret.%"))),
+    security=sa.or_(*(ACTIVITY.c.action.like(family) for family in SECURITY_ACTIONS)),
     parents=(COMPANIES,),
     users=(ACTIVITY.c.actor_id,),
     texts=(ACTIVITY.c.metadata,),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 from worker.layouts import catalogue
-from worker.layouts.model import Keep, Layout, LogTable, Subject, record_activity
+from worker.layouts.model import SECURITY_ACTIONS, Keep, Layout, LogTable, Subject, record_activity
 from worker.layouts.paperclip.carriers import CARRIERS, SCHEME
 from worker.layouts.paperclip.tables import (
     COMPANIES,
@@ -20,13 +21,10 @@ from worker.layouts.paperclip.tables import (
     TIME,
     catalogued,
     parents,
-    run_of_task,
+    runs_of_tasks,
     table,
 )
 from worker.layouts.paperclip.tasks import TASK_TABLE, TASKS
-
-# §2.3: the families an auditor asks for long after the rest has gone.
-SECURITY_ACTIONS = ("auth.%", "secret.%", "company_member.%", "board_api_key.%", "company.%")
 
 ACTIVITY = table(
     "activity_log",
@@ -91,21 +89,51 @@ def _named(of: sa.Table) -> dict[str, Any]:
     by_class: dict[str, list[sa.Column[Any]]] = {}
     for name in catalogued(of.name):
         by_class.setdefault(facts[name].kind, []).append(of.c[name])
-    run = next((of.c[name] for name in ("run_id", "heartbeat_run_id") if name in of.c), None)
-    tasks = [of.c[name] for name in ("issue_id", "entity_id") if name in of.c]
+    personal = by_class.get("personal", [])
+    others = [of.c[name] for name in ("issue_id", *_ids_of_anything(of.name)) if name in of.c]
     return {
-        "users": tuple(by_class.get("personal", ())),
-        "tasks": tuple(tasks),
+        "users": tuple(personal),
+        # What a column that names a person has may be a task: the app's `entity_id` and `consumer_id` name either.
+        "tasks": (*personal, *others),
         # A secret may name a user: what `verification` checks a password reset by holds the id.
         "texts": (*by_class.get("content", ()), *by_class.get("secret", ())),
-        "of_tasks": None if run is None else lambda ids: run_of_task(run, list(ids)),
+        "of_tasks": _of_runs(of),
     }
+
+
+def _ids_of_anything(name: str) -> list[str]:
+    """The columns of a table that hold an id as text of which nobody knows what it is of."""
+    columns = catalogue.load("paperclip").tables[name].columns.values()
+    return [one.name for one in columns if one.kind == "plain" and one.type == "text" and one.name.endswith("_id")]
+
+
+def _of_runs(of: sa.Table) -> Callable[[Sequence[str]], sa.ColumnElement[bool]] | None:
+    """Which rows are of, or about, a run of one of some tasks; None where none can be."""
+    run = next((of.c[name] for name in ("run_id", "heartbeat_run_id") if name in of.c), None)
+    if run is None:
+        return None
+
+    def found(ids: Sequence[str]) -> sa.ColumnElement[bool]:
+        runs = runs_of_tasks(ids)
+        terms = [sa.and_(run.is_not(None), run.in_(runs))]
+        if "entity_id" in of.c:
+            texts = sa.select(sa.cast(runs.selected_columns.id, sa.Text))
+            terms.append(sa.and_(of.c.entity_type == "heartbeat_run", of.c.entity_id.in_(texts)))
+        return sa.or_(*terms)
+
+    return found
 
 
 def _log(name: str, *, key: Any = sa.Uuid, age: str = "created_at", company: bool = True, **more: Any) -> LogTable:
     facts = catalogue.load("paperclip").tables[name].columns
     links = {link: sa.Uuid for link in ("run_id", "heartbeat_run_id", "issue_id") if link in facts}
-    columns = catalogued(name) | links | {"id": key, age: TIME} | ({"company_id": sa.Uuid} if company else {})
+    columns = (
+        catalogued(name)
+        | dict.fromkeys(_ids_of_anything(name), sa.Text)
+        | links
+        | {"id": key, age: TIME}
+        | ({"company_id": sa.Uuid} if company else {})
+    )
     found = table(name, **columns)
     keeps = tuple(make(found) for make in more.pop("keeps", ()))
     return LogTable(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 from worker.layouts import catalogue
+from worker.layouts.model import as_uuid
 
 _meta, _wide = sa.MetaData(schema="public"), sa.MetaData(schema="public")
 TIME = sa.DateTime(timezone=True)
@@ -30,7 +32,15 @@ def catalogued(name: str, *kinds: str) -> dict[str, Any]:
 
 
 COMPANIES = table("companies", id=sa.Uuid)
-ISSUES = table("issues", id=sa.Uuid, company_id=sa.Uuid, status=sa.Text, hidden_at=TIME)
+ISSUES = table(
+    "issues",
+    id=sa.Uuid,
+    company_id=sa.Uuid,
+    status=sa.Text,
+    hidden_at=TIME,
+    checkout_run_id=sa.Uuid,
+    execution_run_id=sa.Uuid,
+)
 RUNS = table(
     "heartbeat_runs",
     id=sa.Uuid,
@@ -42,11 +52,18 @@ RUNS = table(
 EFFECTS = table("decision_effect_executions", activity_log_id=sa.Uuid)
 
 
-def run_of_task(run: sa.ColumnElement[Any], ids: list[str]) -> sa.ColumnElement[bool]:
-    """Whether a row's run worked on one of these tasks."""
+def runs_of_tasks(ids: Sequence[str]) -> sa.Select[Any]:
+    """The runs that worked on one of these tasks, by what they or the tasks say; none is NULL."""
     named = (RUNS.c.context_snapshot["issueId"].astext, RUNS.c.context_snapshot["taskId"].astext)
-    of = sa.or_(*(one.in_(ids) for one in (*named, sa.cast(RUNS.c.native_issue_id, sa.Text))))
-    return sa.and_(run.is_not(None), run.in_(sa.select(RUNS.c.id).where(of)))
+    uuids = [found for one in ids if (found := as_uuid(one)) is not None]
+    of = sa.or_(*(one.in_(ids) for one in named), RUNS.c.native_issue_id.in_(uuids))
+    # The app's indexes on these begin with the company.
+    by_run = sa.select(RUNS.c.id.label("id")).where(RUNS.c.company_id == COMPANIES.c.id, of)
+    by_task = (
+        sa.select(column.label("id")).where(ISSUES.c.id.in_(uuids), column.is_not(None))
+        for column in (ISSUES.c.checkout_run_id, ISSUES.c.execution_run_id)
+    )
+    return sa.select(sa.union_all(by_run, *by_task).subquery("runs_of_tasks").c.id)
 
 
 # What the foreign keys of logs refer to, by the name their column has in each.

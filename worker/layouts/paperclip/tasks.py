@@ -198,7 +198,8 @@ TASK_TABLE = TaskTable(
     among=sa.and_(TASKS.c.status.in_(TERMINAL_ISSUE), TASKS.c.hidden_at.is_(None)),
     keeps=(_run_live(), _open_below(), _blocks_open(), _answer_pending(), _recovering(), _managed()),
     users=_named("personal"),
-    tasks=(TASKS.c.id,),
+    # A task below it, and one that it was made for, name it; `origin_id` may be of a user as well.
+    tasks=(TASKS.c.id, TASKS.c.parent_id, *_named("personal")),
     texts=_named("content"),
     # Neither updated_at nor status is set: the app compares and sorts by the one, a trigger counts the other.
     archived=lambda now: {"hidden_at": now},
