@@ -17,6 +17,8 @@ from worker.errors import Contended, DatabaseGone, LedgerMissing, Refused, Schem
 if TYPE_CHECKING:
     from worker.config import Settings
 
+# As `first` of a transaction: each statement sees what others have committed meanwhile.
+SEES_COMMITS = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
 Transaction = AbstractContextManager[sa.Connection]
 
 APPLICATION_NAME = "paperclip-worker"

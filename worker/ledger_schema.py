@@ -65,7 +65,8 @@ def init(engine: sa.Engine) -> None:
     from alembic import command  # noqa: PLC0415 - nothing else of this module needs alembic
     from alembic.config import Config  # noqa: PLC0415
 
-    with db.transaction(engine, lock=30, statement=300) as connection:
+    # What whoever had the lock before did is not in a snapshot taken while it was waited for.
+    with db.transaction(engine, first=db.SEES_COMMITS, lock=30, statement=300) as connection:
         db.advisory_lock(connection, "ledger")
         if (_version(connection) or "") > VERSION:
             raise LedgerMissing("the ledger is of a newer release; upgrade this paperclip-worker")
@@ -92,4 +93,6 @@ def _version(connection: sa.Connection) -> str | None:
         return None
     table = sa.table("alembic_version", schema=SCHEMA)
     version: str | None = connection.scalar(sa.select(sa.column("version_num", sa.Text)).select_from(table))
+    if version is None:
+        raise LedgerMissing(f"the ledger has lost its version: {SCHEMA}.alembic_version is empty; restore it")
     return version

@@ -38,7 +38,6 @@ _LONGEST_REST = 5.0
 MOST_ANCHORED = 200
 # Whatever settles a run commits after its bites and does wait, and the log is written in order.
 _NEED_NOT_LAST = "SET LOCAL synchronous_commit = off"
-_SEES_COMMITS = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
 
 
 class Outcome(Enum):
@@ -162,7 +161,7 @@ class Runner:
         job = params.from_json(registry.job(run.job), run.params)
         asked = self._throttle.rows(contended=self._contended)
         began = time.monotonic()
-        modes = [_SEES_COMMITS] * job.read_committed + [_NEED_NOT_LAST] * job.repeatable
+        modes = [db.SEES_COMMITS] * job.read_committed + [_NEED_NOT_LAST] * job.repeatable
         with self._transaction(first="; ".join([*modes, holds.SHARED])) as connection:
             held = ledger_shards.take_shard(connection, run.id)
             if held is None:

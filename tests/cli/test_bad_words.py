@@ -66,6 +66,7 @@ _WORDS: list[tuple[tuple[str, ...], str]] = [
     (("keygen", "/nosuch/signing.pem"), "cannot be written"),
     (("db", "grants", "--role", ""), "--role is not a name"),
     (("db", "grants", "--role", "x" * 64), "--role is not a name"),
+    *((("db", "grants", "--role", name), "--role is not a name") for name in ("public", "none", "pg_monitor")),
     (HOLD, "exactly one of --company, --user, --task and --table"),
     ((*HOLD, "--table", "activity_log", "--user", "x"), "exactly one of"),
     ((*HOLD, "--user", "nobody@nowhere.example"), "--user: there is no user with the id or email"),

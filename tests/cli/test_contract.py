@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import psycopg
 import pytest
@@ -437,7 +437,7 @@ def test_db_check_finds_nothing_wrong_and_then_what_is(deployment: Deployment) -
 
 
 def test_the_printed_grants_are_enough_and_no_more(deployment: Deployment) -> None:
-    role = f"worker of {deployment.environment['DATABASE_URL'].rpartition('/')[2]}"
+    role = f"worker%of {deployment.environment['DATABASE_URL'].rpartition('/')[2]}"
     url = urlsplit(deployment.environment["DATABASE_URL"])
     deployment.query(f"CREATE ROLE \"{role}\" LOGIN PASSWORD 'pw'")
     printed = deployment.cli("db", "grants", "--role", role).stdout
@@ -447,7 +447,7 @@ def test_the_printed_grants_are_enough_and_no_more(deployment: Deployment) -> No
     assert "\n".join(told["statements"]) + "\n" == printed
     for _ in range(2):
         deployment.query(printed)
-    login = f"postgres://{role.replace(' ', '%20')}:pw@{url.netloc.rpartition('@')[2]}{url.path}"
+    login = f"postgres://{quote(role)}:pw@{url.netloc.rpartition('@')[2]}{url.path}"
     least = {"DATABASE_URL": login}
     logs = LAYOUTS[deployment.layout].logs
     planned = deployment.json("plan", "prune-logs")
@@ -481,6 +481,11 @@ def test_the_printed_grants_are_enough_and_no_more(deployment: Deployment) -> No
             "DELETE FROM paperclip_worker.anchors",
             "TRUNCATE paperclip_worker.receipts",
             "DELETE FROM paperclip_worker.runs",
+            "UPDATE paperclip_worker.alembic_version SET version_num = version_num",
+            "UPDATE paperclip_worker.rotations SET permitted_at = now()",
+            "UPDATE paperclip_worker.master_keys SET current = false",
+            "INSERT INTO paperclip_worker.chain (seq) VALUES (9)",
+            "SELECT FROM paperclip_worker.resealed",
             "UPDATE activity_log SET action = action",
             "CREATE TABLE paperclip_worker.mine (id int)",
             "DELETE FROM company_secret_versions",

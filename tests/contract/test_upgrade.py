@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
+from tests.cli.helpers import check_refusal
 from tests.conftest import Deployment
-from worker import ledger
+from tests.faults.evidence import wait
+from worker import db, ledger
 
 _RUN = "00000000-0000-4000-8000-000000000001"
 _FIRST = f"""
@@ -41,3 +44,30 @@ def test_seconds_of_bites_are_kept_and_due_times_count_from_the_upgrade(
     assert deployment.query(query) == [(0, 750), (1, 0)]
     ((born,),) = deployment.query("SELECT born FROM paperclip_worker.chain")
     assert before <= born <= datetime.now(UTC)
+
+
+def test_two_at_once_make_one_ledger(
+    fresh_database: Callable[..., str], make_deployment: Callable[..., Deployment]
+) -> None:
+    deployment = make_deployment(fresh_database(), "paperclip")
+    engine = deployment.operations.engine
+    with ThreadPoolExecutor(2) as pool:
+        with engine.connect() as held, held.begin():
+            db.advisory_lock(held, "ledger")
+            both = [pool.submit(ledger.init, engine) for _ in range(2)]
+            waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            wait(lambda: deployment.query(waiting) == [(2,)])
+        for one in both:
+            one.result()
+    with engine.connect() as connection:
+        ledger.require(connection)
+
+
+def test_a_ledger_without_its_version_is_not_made_again(
+    fresh_database: Callable[..., str], make_deployment: Callable[..., Deployment]
+) -> None:
+    deployment = make_deployment(fresh_database(), "paperclip")
+    ledger.init(deployment.operations.engine)
+    deployment.query("DELETE FROM paperclip_worker.alembic_version")
+    for words in (("db", "init"), ("runs", "list")):
+        check_refusal(deployment.cli(*words, ok=False), says="has lost its version", status=2)
