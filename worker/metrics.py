@@ -21,7 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from worker import anchors, backlog, ledger, standing
-from worker.errors import Refused, WorkerError
+from worker.errors import Refused
 from worker.ledger import RUNS, SHARDS
 from worker.logs import log
 from worker.masterkeys import MASTER_KEYS
@@ -69,7 +69,7 @@ class LedgerCollector(Collector):
 
 
 class _Answering(Collector):
-    """The collector's families, or just that the ledger does not answer: a scrape never fails."""
+    """The collector's families, or just that the ledger could not be read: a scrape never fails."""
 
     def __init__(self, collector: LedgerCollector) -> None:
         self._collector = collector
@@ -80,7 +80,7 @@ class _Answering(Collector):
     def collect(self) -> Iterator[Metric]:
         try:
             families = list(self._collector.collect())
-        except WorkerError as error:
+        except Exception as error:  # noqa: BLE001 - the server would answer 500 and print a text that may quote a row
             log.warning("scrape without the ledger", error=type(error).__name__)
             families = []
         up = GaugeMetricFamily(_PREFIX + "ledger_up", "Whether the ledger could be read for this scrape")

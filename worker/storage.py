@@ -43,7 +43,7 @@ _FINAL = frozenset({"AccessDenied", "NoSuchBucket", "InvalidAccessKeyId", "Signa
 _GONE = frozenset({"NoSuchKey", "NoSuchVersion"})
 # What the client says before it asks the store: no fault that passes.
 _MISTAKEN: dict[type[BotoCoreError], str] = {
-    ParamValidationError: "PAPERCLIP_WORKER_S3_BUCKET or PAPERCLIP_STORAGE_S3_BUCKET is not a name that a bucket can have",
+    ParamValidationError: "PAPERCLIP_WORKER_S3_BUCKET or PAPERCLIP_STORAGE_S3_BUCKET is not the name of a bucket",
     InvalidRegionError: "PAPERCLIP_STORAGE_S3_REGION is not the name of a region",
     ProfileNotFound: "AWS_PROFILE names no profile of the AWS configuration files",
     ConfigParseError: "AWS_CONFIG_FILE or AWS_SHARED_CREDENTIALS_FILE is not a file of AWS configuration",

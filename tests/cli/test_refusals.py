@@ -129,12 +129,12 @@ _SETTINGS: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
     "no name of a bucket": (
         {"PAPERCLIP_WORKER_S3_BUCKET": "my bucket"},
         INLINE,
-        "S3_BUCKET is not a name that a bucket can have",
+        "S3_BUCKET is not the name of a bucket",
     ),
     "a bucket as a URL": (
         {"PAPERCLIP_WORKER_S3_BUCKET": "s3://b"},
         FROM_S3,
-        "S3_BUCKET is not a name that a bucket can have",
+        "S3_BUCKET is not the name of a bucket",
     ),
     "no name of a region": (
         {"PAPERCLIP_STORAGE_S3_REGION": "eu west"},
