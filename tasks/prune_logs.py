@@ -74,6 +74,10 @@ class PruneLogs(Job):
     def archives(self) -> bool:
         return self.archive
 
+    @property
+    def archived(self) -> str | None:
+        return self.table if self.archive else None
+
     def needs(self, layout: Layout) -> Iterable[sa.Table]:
         return layout.log(self.table).reads()
 

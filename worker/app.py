@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
 from uuid import UUID
 
 from celery import Celery, signals
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from worker.ledger import Run
     from worker.timetable import Timetable
 
+P = ParamSpec("P")
 QUEUE = "paperclip-worker"
 RESCUE_EVERY = 60.0
 # A run that was rescued so often dies for a reason an operator must see.
@@ -31,6 +33,27 @@ MOST_RESCUES = 10
 _WORK, _LAUNCH, _RESCUE, _MEASURE = (
     f"paperclip_worker.{name}" for name in ("work", "launch", timetable.RESCUE, timetable.MEASURE)
 )
+
+
+class TaskFailed(Exception):
+    """What Celery hears, and logs, of an error that nobody expected: its kind."""
+
+
+def _by_kind(task: Callable[P, None]) -> Callable[P, None]:
+    """A task that fails with TaskFailed in place of an unexpected error, whose own text may quote a row."""
+
+    @wraps(task)
+    def wrapper(*given: P.args, **named: P.kwargs) -> None:
+        kind = None
+        try:
+            task(*given, **named)
+        except Exception as error:  # noqa: BLE001 - an edge
+            kind = type(error).__name__
+        if kind is not None:
+            # Outside of the clause: the first error would be its context, text and all.
+            raise TaskFailed(f"internal error: {kind}")
+
+    return wrapper
 
 
 class Site:
@@ -118,18 +141,22 @@ def make(settings: Settings, times: Timetable | None = None) -> Celery:
     site = Site(settings, times, app)
 
     @app.task(name=_WORK, acks_late=True, reject_on_worker_lost=True, ignore_result=True)
+    @_by_kind
     def work(run: str) -> None:
         site.work(UUID(run))
 
     @app.task(name=_LAUNCH, ignore_result=True)
+    @_by_kind
     def launch(name: str) -> None:
         site.launch(name)
 
     @app.task(name=_RESCUE, ignore_result=True)
+    @_by_kind
     def rescue() -> None:
         site.rescue()
 
     @app.task(name=_MEASURE, ignore_result=True)
+    @_by_kind
     def measure() -> None:
         site.measure()
 

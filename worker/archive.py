@@ -1,7 +1,7 @@
 """Archive objects: JSON lines in zstd, one company each, read back before a row may go.
 
 A key ends in the digest of its bytes, so a worker that lost its bite can only ever write the same bytes again
-under the same key; what no manifest names is a leftover and is swept when the run finishes.
+under the same key; what no manifest names is a leftover, for `leftovers` to sweep.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from uuid import UUID
 import zstandard
 
 from worker import canonical, db, needles
-from worker.errors import ArchiveTampered, Refused, StorageFault, WorkerError
+from worker.errors import ArchiveTampered, StorageFault, WorkerError
 from worker.needles import Needles
 from worker.pgtypes import Tids
 from worker.storage import Missing, Store, read_digest
@@ -201,14 +201,20 @@ def require_exact(objects: Sequence[ArchivedObject], tally: Tally) -> None:
         raise WorkerError("the archive does not hold exactly the rows that were to be deleted; nothing was deleted")
 
 
-def write_manifest(store: Store, key: str, facts: dict[str, Any], objects: list[ArchivedObject]) -> str:
-    """Write the index of an archive, last, and read it back; its SHA-256 (hex). Safe to repeat."""
+def manifest_key(root: str, sha256: str) -> str:
+    """The name of a manifest: its digest's, so that none is ever written over another."""
+    return f"{root}manifest-{sha256[:16]}.json"
+
+
+def write_manifest(store: Store, root: str, facts: dict[str, Any], objects: list[ArchivedObject]) -> tuple[str, str]:
+    """Write an index of the archive below `root`, and read it back; its key and SHA-256 (hex). Safe to repeat."""
     body = canonical.encode({**facts, "objects": [vars(one) for one in objects]})
     sha256 = hashlib.sha256(body).hexdigest()
+    key = manifest_key(root, sha256)
     store.put(key, io.BytesIO(body), sha256=sha256)
     if read_digest(store, key) != sha256:
         raise StorageFault(f"{key}: the store gave back other bytes than were written")
-    return sha256
+    return key, sha256
 
 
 def read_manifest(store: Store, key: str, sha256: str) -> bytes:
@@ -220,18 +226,3 @@ def read_manifest(store: Store, key: str, sha256: str) -> bytes:
     if hashlib.sha256(body).hexdigest() != sha256:
         raise ArchiveTampered(f"{key} is missing or is not the manifest that the receipt names")
     return body
-
-
-def sweep_leftovers(store: Store, table: str, run: UUID, keep: set[str]) -> int:
-    """Remove what interrupted bites left below a run's root.
-
-    Returns how many had to stay because the credentials may not delete.
-    """
-    leftovers = [key for key in store.keys(root(table, run)) if key not in keep]
-    if not leftovers:
-        return 0
-    try:
-        store.delete(leftovers)
-    except Refused:
-        return len(leftovers)
-    return 0

@@ -17,7 +17,7 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -87,7 +87,9 @@ class Signer:
         """The key in a PKCS#8 PEM file. Raises SettingsError when it is not such a file."""
         try:
             key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-        except (OSError, ValueError, TypeError) as error:
+        except OSError as error:
+            raise SettingsError(f"PAPERCLIP_WORKER_SIGNING_KEY_FILE cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise SettingsError(
                 "PAPERCLIP_WORKER_SIGNING_KEY_FILE is not an Ed25519 key in PKCS#8 PEM; `keygen` makes one"
             ) from error
@@ -112,10 +114,15 @@ def keygen(path: Path) -> Signer:
         raise Refused(f"{path} exists; a signing key is never overwritten") from None
     except OSError as error:
         raise Refused(f"{path} cannot be written: {error.strerror}") from None
-    with os.fdopen(handle, "wb") as file:
-        file.write(pem)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(pem)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        # A file without its key would keep the next attempt from making one.
+        path.unlink()
+        raise Refused(f"{path} cannot be written: {error.strerror}") from None
     return Signer(key)
 
 
@@ -128,7 +135,9 @@ def load_public(path: Path) -> Ed25519PublicKey:
     """A public key in PEM. Refused when the file is not one."""
     try:
         key = serialization.load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise Refused(f"{path} is not a public key in PEM") from error
     if not isinstance(key, Ed25519PublicKey):
         raise Refused(f"{path} holds a key that is not Ed25519")

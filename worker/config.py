@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import SplitResult, parse_qsl, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
@@ -24,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from worker import urls
 from worker.errors import Refused, SettingsError
 from worker.params import duration, is_text
 
@@ -53,8 +52,9 @@ def _duration(value: Any) -> Any:
         return value
     try:
         return duration(value)
-    except Refused as error:
-        raise ValueError(str(error)) from None
+    except Refused:
+        # Its sentence quotes the text, which somebody may have meant for another variable.
+        raise ValueError("is not a duration above zero such as 90d, 12h, 30m or 2w") from None
 
 
 Duration = Annotated[timedelta, BeforeValidator(_duration)]
@@ -142,40 +142,22 @@ class Settings(BaseModel):
     @field_validator("database_url")
     @classmethod
     def _a_postgres_url(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is None:
-            return None
-        import psycopg.conninfo  # noqa: PLC0415 - only a command with a database pays for the driver
-
-        if urlsplit(value.get_secret_value()).scheme not in {"postgres", "postgresql"}:
-            raise ValueError("must start with postgres:// or postgresql://")
-        try:
-            psycopg.conninfo.conninfo_to_dict(value.get_secret_value())
-        except psycopg.Error:
-            # The driver's message may quote a piece of the password.
-            raise ValueError("is not a URL the PostgreSQL client understands") from None
+        if value is not None:
+            urls.require_postgres(value.get_secret_value())
         return value
 
     @field_validator("broker_url")
     @classmethod
     def _a_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
-            parts = urlsplit(value.get_secret_value())
-            if parts.scheme not in {"redis", "rediss"} or not parts.hostname or not _has_port(parts):
-                raise ValueError("must be a redis:// or rediss:// URL with a host")
-            if not re.fullmatch(r"/?[0-9]{0,4}", parts.path):
-                raise ValueError("must end in the number of a database, such as /0")
-            if any(not name.startswith("ssl_") for name, _ in parse_qsl(parts.query, keep_blank_values=True)):
-                # The parts of Celery do not understand the same others.
-                raise ValueError("may have no options but ssl_... (the password stands before the host)")
+            urls.require_redis(value.get_secret_value())
         return value
 
     @field_validator("s3_endpoint")
     @classmethod
     def _an_http_url(cls, value: str | None) -> str | None:
         if value is not None:
-            parts = urlsplit(value)
-            if parts.scheme not in {"http", "https"} or not parts.hostname or not _has_port(parts):
-                raise ValueError("must be an http:// or https:// URL")
+            urls.require_http(value)
         return value
 
     @field_validator("receipt_lock")
@@ -205,7 +187,12 @@ class Settings(BaseModel):
     @field_validator("signing_key_file", "catalogue_file", "schedule_file")
     @classmethod
     def _a_file(cls, value: Path | None) -> Path | None:
-        if value is not None and not value.is_file():
+        try:
+            found = value is None or value.is_file()
+        except OSError:
+            # A directory that may not be entered, a name too long.
+            found = False
+        if not found:
             raise ValueError("names no file that can be read")
         return value
 
@@ -231,14 +218,6 @@ class Settings(BaseModel):
     def broker(self) -> str:
         """The broker's URL. Refused when it was not configured."""
         return _given(self.broker_url, Need.BROKER)
-
-
-def _has_port(parts: SplitResult) -> bool:
-    """Whether a URL's port is one, or left out."""
-    try:
-        return parts.port is None or parts.port > 0
-    except ValueError:
-        return False
 
 
 def _given(value: SecretStr | None, need: Need) -> str:

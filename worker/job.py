@@ -133,6 +133,11 @@ class Job(abc.ABC):
         """Whether the job writes to the object store, which is then checked before anything starts."""
         return False
 
+    @property
+    def archived(self) -> str | None:
+        """The table whose rows the job archives, as `Means.archive` does; None where it archives none."""
+        return None
+
     @classmethod
     def usual(cls) -> Self:
         """The job with its usual parameters, for what is asked of every job."""

@@ -160,22 +160,18 @@ class Means:
         return found.result
 
     def index_archive(self, table: str, facts: dict[str, object]) -> dict[str, object]:
-        """Write the manifest, sweep leftovers; what the receipt says of the archive."""
+        """Write the manifest; what the receipt says of the archive."""
         store, run = self._archive()
         objects = self.archived()
         if not objects:
-            # A bite that was killed may still have written one.
-            return {"objects": 0, "leftovers": archive.sweep_leftovers(store, table, run, set())}
-        key = archive.root(table, run) + "manifest.json"
-        sha256 = archive.write_manifest(store, key, facts, objects)
-        stayed = archive.sweep_leftovers(store, table, run, {key, *(one.key for one in objects)})
+            return {"objects": 0}
+        key, sha256 = archive.write_manifest(store, archive.root(table, run), facts, objects)
         return {
             "objects": len(objects),
             "rows": sum(one.rows for one in objects),
             "bytes": sum(one.bytes for one in objects),
             "manifest": key,
             "sha256": sha256,
-            "leftovers": stayed,
         }
 
     def require_prunable(self, log: LogTable, *, archive: bool) -> None:

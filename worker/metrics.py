@@ -21,11 +21,11 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from worker import anchors, backlog, ledger, standing
-from worker.errors import Refused, WorkerError
+from worker.errors import Refused
 from worker.ledger import RUNS, SHARDS
 from worker.logs import log
 from worker.masterkeys import MASTER_KEYS
-from worker.states import State
+from worker.states import FINAL, State
 
 if TYPE_CHECKING:
     from worker.operations import Operations
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 _PREFIX = "paperclip_worker_"
 # Seconds: from a run that finds nothing to one that works through a first backlog.
 _BUCKETS = (1, 10, 60, 300, 900, 3_600, 14_400, 86_400)
-# States a run never leaves again; the duration of any other may still grow, and a counter must not shrink.
-_FINAL = (State.KEPT, State.UNKEPT)
 
 
 class LedgerCollector(Collector):
@@ -71,7 +69,7 @@ class LedgerCollector(Collector):
 
 
 class _Answering(Collector):
-    """The collector's families, or just that the ledger does not answer: a scrape never fails."""
+    """The collector's families, or just that the ledger could not be read: a scrape never fails."""
 
     def __init__(self, collector: LedgerCollector) -> None:
         self._collector = collector
@@ -82,7 +80,7 @@ class _Answering(Collector):
     def collect(self) -> Iterator[Metric]:
         try:
             families = list(self._collector.collect())
-        except WorkerError as error:
+        except Exception as error:  # noqa: BLE001 - the server would answer 500 and print a text that may quote a row
             log.warning("scrape without the ledger", error=type(error).__name__)
             families = []
         up = GaugeMetricFamily(_PREFIX + "ledger_up", "Whether the ledger could be read for this scrape")
@@ -108,7 +106,8 @@ def _run_seconds(connection: sa.Connection) -> Metric:
     within = [sa.func.count().filter(seconds <= bucket) for bucket in _BUCKETS]
     rows = connection.execute(
         sa.select(RUNS.c.job, sa.func.sum(seconds), sa.func.count(), *within)
-        .where(RUNS.c.state.in_(_FINAL))
+        # The duration of any other may still grow, and a counter must not shrink.
+        .where(RUNS.c.state.in_(FINAL))
         .group_by(RUNS.c.job)
         .order_by(RUNS.c.job)
     )

@@ -14,7 +14,20 @@ from functools import partial
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from worker import anchors, archive, audit, db, holds, layouts, ledger, ledger_shards, params, registry, settle
+from worker import (
+    anchors,
+    archive,
+    audit,
+    db,
+    holds,
+    layouts,
+    ledger,
+    ledger_shards,
+    leftovers,
+    params,
+    registry,
+    settle,
+)
 from worker.errors import Contended, DatabaseGone, Refused, Transient, Waits, WorkerError
 from worker.logs import log
 from worker.means import Means
@@ -106,7 +119,7 @@ class Runner:
                 raise
             if outcome is Outcome.SETTLED:
                 # Also when this message came back after a kill between the commit and the bucket.
-                self.anchor()
+                self._tidy(run)
             if outcome is not None:
                 return outcome
             if time.monotonic() >= until or leave():
@@ -303,8 +316,20 @@ class Runner:
                 # The fault that led here is what the caller raises; a rescue takes the run up again.
                 time.sleep(pause)
             else:
-                self.anchor()
+                self._tidy(run_id)
                 return
+
+    def _tidy(self, run_id: UUID) -> None:
+        """What is left to do in the bucket once a settlement has committed. A fault is logged, never raised."""
+        self.anchor()
+        if self._store is None:
+            return
+        try:
+            swept = leftovers.sweep(self._store, run_id, self._transaction)
+        except WorkerError as fault:
+            log.warning("leftovers not swept", run=str(run_id), fault=type(fault).__name__, why=str(fault))
+        else:
+            log.debug("leftovers swept", run=str(run_id), objects=swept)
 
     def anchor(self) -> None:
         """Write what receipts the bucket lacks to it. A fault leaves them pending: it is logged, never raised."""

@@ -22,6 +22,8 @@ class State(StrEnum):
 ACTIVE = frozenset({State.QUEUED, State.RUNNING, State.VERIFYING, State.FINISHING, State.STOPPING})
 SETTLED = frozenset(State) - ACTIVE
 RESUMABLE = frozenset({State.STOPPED, State.FAILED})
+# What a run never leaves.
+FINAL = SETTLED - RESUMABLE
 
 STEPS: dict[State, frozenset[State]] = {
     # A worker has planned the run and laid out its shards.

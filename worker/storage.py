@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,20 @@ from typing import IO, TYPE_CHECKING, Protocol
 import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConfigNotFound,
+    ConfigParseError,
+    InvalidRegionError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
 
 from worker.errors import Refused, StorageFault
+from worker.params import is_text
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -29,6 +41,14 @@ CHUNK = 1 << 20
 _ONE_PUT = 32 << 20
 _FINAL = frozenset({"AccessDenied", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "404"})
 _GONE = frozenset({"NoSuchKey", "NoSuchVersion"})
+# What the client says before it asks the store: no fault that passes.
+_MISTAKEN: dict[type[BotoCoreError], str] = {
+    ParamValidationError: "PAPERCLIP_WORKER_S3_BUCKET or PAPERCLIP_STORAGE_S3_BUCKET is not the name of a bucket",
+    InvalidRegionError: "PAPERCLIP_STORAGE_S3_REGION is not the name of a region",
+    ProfileNotFound: "AWS_PROFILE names no profile of the AWS configuration files",
+    ConfigParseError: "AWS_CONFIG_FILE or AWS_SHARED_CREDENTIALS_FILE is not a file of AWS configuration",
+    ConfigNotFound: "AWS_CONFIG_FILE names no file that can be read",
+}
 # An object of that name is there, or another writer is just putting it there.
 _THERE = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412"})
 # Answers to the question for Object Lock that mean there is none; so do a 404, 405 or 501.
@@ -94,6 +114,9 @@ class S3Store:
     def __init__(self, settings: Settings) -> None:
         if settings.s3_bucket is None:
             raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set")
+        # The client takes credentials as they are, and breaks over them at each request.
+        if bad := sorted(name for name, text in os.environ.items() if name.startswith("AWS_") and not is_text(text)):
+            raise Refused(f"{', '.join(bad)}: not UTF-8")
         self._bucket = settings.s3_bucket
         self._prefix = settings.s3_prefix
         with _translated(self._bucket):
@@ -266,6 +289,9 @@ def _translated(bucket: str) -> Iterator[None]:
             raise Refused(f"bucket {bucket}: the store refuses ({code}); check bucket and credentials") from error
         raise StorageFault(f"bucket {bucket}: the store answers {code}") from error
     except BotoCoreError as error:
+        for kind, says in _MISTAKEN.items():
+            if isinstance(error, kind):
+                raise Refused(says) from error
         raise StorageFault(f"bucket {bucket}: cannot be reached ({type(error).__name__})") from error
 
 

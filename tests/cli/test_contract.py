@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -391,6 +392,18 @@ def test_schedule_list(standing: Deployment) -> None:
         name: params.to_json(job) for name, job in jobs.items()
     }
     assert all(name in standing.cli("schedule", "list").stdout for name in schedules.SCHEDULE)
+
+
+def test_a_key_that_does_not_fit_on_the_disk_leaves_nothing_behind(standing: Deployment, tmp_path: Path) -> None:
+    """A file without its key would keep the next attempt from making one."""
+    path = tmp_path / "signing.pem"
+    command = f"ulimit -f 0; exec {shlex.join([sys.executable, str(ROOT / 'cli.py'), 'keygen', str(path)])}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=standing.process_environment(), check=False
+    )
+    check_refusal(done, says="signing.pem cannot be written: File too large", status=2)
+    assert list(tmp_path.iterdir()) == []
+    standing.cli("keygen", str(path))
 
 
 def test_keygen_makes_a_private_file_once(standing: Deployment, tmp_path: Path) -> None:

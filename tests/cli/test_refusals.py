@@ -15,7 +15,8 @@ import pytest
 from tests.cli.conftest import Watch
 from tests.cli.helpers import INLINE, PRUNE, begin, check_refusal, complete, keys, refused, start, world
 from tests.conftest import ROOT, Deployment
-from worker.errors import Refused
+from worker import audit
+from worker.errors import Refused, SettingsError
 from worker.layouts import LAYOUTS, catalogue
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
@@ -75,6 +76,81 @@ _SETTINGS: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
         ("ping",),
         "BROKER_URL may have no options but ssl_",
     ),
+    "a broker's option that there is not": (
+        {"PAPERCLIP_WORKER_BROKER_URL": "rediss://h:1/0?ssl_hunter2=1"},
+        ("ping",),
+        "BROKER_URL may have no options but ssl_ca_certs",
+    ),
+    "a broker's option with another value": (
+        {"PAPERCLIP_WORKER_BROKER_URL": "rediss://h:1/0?ssl_cert_reqs=hunter2"},
+        ("beat",),
+        "BROKER_URL may have ssl_cert_reqs only as required, optional or none",
+    ),
+    "a broker's option without encryption": (
+        {"PAPERCLIP_WORKER_BROKER_URL": "redis://h:1/0?ssl_cert_reqs=none"},
+        ("ping",),
+        "BROKER_URL must be a rediss:// URL for ssl_... to mean anything",
+    ),
+    # urlsplit quotes all before the host where a sign would become one that parts a URL.
+    "no password for a URL": (
+        {"DATABASE_URL": "postgres://someone:hunter2\uff03@127.0.0.1/db"},
+        PLAN,
+        "DATABASE_URL is not a URL",
+    ),
+    "no password for a broker's URL": (
+        {"PAPERCLIP_WORKER_BROKER_URL": "redis://:hunter2\uff1f@127.0.0.1/0"},
+        ("ping",),
+        "BROKER_URL must be a redis://",
+    ),
+    "no URL of a store": (
+        {"PAPERCLIP_STORAGE_S3_ENDPOINT": "http://someone:hunter2\uff20@127.0.0.1"},
+        PLAN,
+        "S3_ENDPOINT must be",
+    ),
+    "an underscore in a store's name": (
+        {"PAPERCLIP_STORAGE_S3_ENDPOINT": "http://my_minio:9000"},
+        PLAN,
+        "S3_ENDPOINT names a host that the S3 client refuses.*no _",
+    ),
+    "a dash before a store's name": (
+        {"PAPERCLIP_STORAGE_S3_ENDPOINT": "http://-x"},
+        PLAN,
+        "S3_ENDPOINT names a host",
+    ),
+    "a blank in a store's name": ({"PAPERCLIP_STORAGE_S3_ENDPOINT": "http://a b"}, PLAN, "S3_ENDPOINT names a host"),
+    "a sign in a store's name": ({"PAPERCLIP_STORAGE_S3_ENDPOINT": "http://ho%st"}, PLAN, "S3_ENDPOINT names a host"),
+    "a break in a store's URL": ({"PAPERCLIP_STORAGE_S3_ENDPOINT": "http://a\tb"}, PLAN, "S3_ENDPOINT must be"),
+    "half a store's address": ({"PAPERCLIP_STORAGE_S3_ENDPOINT": "http://[::1"}, PLAN, "S3_ENDPOINT must be"),
+    "a store's address of version 6": (
+        {"PAPERCLIP_STORAGE_S3_ENDPOINT": f"http://[::1]:{_SHUT}"},
+        INLINE,
+        "cannot be reached",
+    ),
+    "no name of a bucket": (
+        {"PAPERCLIP_WORKER_S3_BUCKET": "my bucket"},
+        INLINE,
+        "S3_BUCKET is not the name of a bucket",
+    ),
+    "a bucket as a URL": (
+        {"PAPERCLIP_WORKER_S3_BUCKET": "s3://b"},
+        FROM_S3,
+        "S3_BUCKET is not the name of a bucket",
+    ),
+    "no name of a region": (
+        {"PAPERCLIP_STORAGE_S3_REGION": "eu west"},
+        FROM_S3,
+        "S3_REGION is not the name of a region",
+    ),
+    "no such profile": ({"AWS_PROFILE": "nosuch"}, FROM_S3, "AWS_PROFILE names no profile"),
+    "S3 secret is no text": ({"AWS_SECRET_ACCESS_KEY": "hunter2\udcff"}, INLINE, "AWS_SECRET_ACCESS_KEY: not UTF-8"),
+    "S3 key id is no text": ({"AWS_ACCESS_KEY_ID": "hunter2\udcff"}, FROM_S3, "AWS_ACCESS_KEY_ID: not UTF-8"),
+    "S3 key id is no key id": ({"AWS_ACCESS_KEY_ID": "ä"}, INLINE, "store refuses.*credentials"),
+    "login name is no text": ({"LOGNAME": "hunter2\udcff"}, INLINE, "login name is not UTF-8.*--actor"),
+    "login name is no text for a hold": (
+        {"LOGNAME": "hunter2\udcff"},
+        ("holds", "add", "--table", "activity_log", "--reason", "case 7"),
+        "login name is not UTF-8.*--actor",
+    ),
     "no port of a store": ({"PAPERCLIP_STORAGE_S3_ENDPOINT": "http://h:99999"}, PLAN, "S3_ENDPOINT must be"),
     "no text": ({"PAPERCLIP_WORKER_S3_PREFIX": "a\udcff/"}, PLAN, "PAPERCLIP_WORKER_S3_PREFIX is not UTF-8"),
     "broker unset": ({"PAPERCLIP_WORKER_BROKER_URL": ""}, (*PRUNE, "--yes"), "BROKER_URL is not set"),
@@ -94,7 +170,7 @@ _SETTINGS: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
         "cannot be reached",
     ),
     "a lock of no mode": ({"PAPERCLIP_WORKER_RECEIPT_LOCK_MODE": "firm"}, PLAN, "RECEIPT_LOCK_MODE.*compliance"),
-    "a lock of no duration": ({"PAPERCLIP_WORKER_RECEIPT_LOCK": "long"}, PLAN, "RECEIPT_LOCK .*is not a duration"),
+    "a lock of no duration": ({"PAPERCLIP_WORKER_RECEIPT_LOCK": "hunter2"}, PLAN, "RECEIPT_LOCK .*is not a duration"),
     "a lock too long": (
         {"PAPERCLIP_WORKER_RECEIPT_LOCK": "999999w"},
         PLAN,
@@ -108,6 +184,11 @@ _SETTINGS: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
         "no S3 credentials",
     ),
     "signing key unset": ({"PAPERCLIP_WORKER_SIGNING_KEY_FILE": ""}, INLINE, "SIGNING_KEY_FILE is not set"),
+    "no path of a signing key": (
+        {"PAPERCLIP_WORKER_SIGNING_KEY_FILE": "/" + "x" * 300},
+        INLINE,
+        "SIGNING_KEY_FILE names no file",
+    ),
     "no signing key there": ({"PAPERCLIP_WORKER_SIGNING_KEY_FILE": "/nosuch"}, INLINE, "names no file"),
     "signing key is no key": ({"PAPERCLIP_WORKER_SIGNING_KEY_FILE": __file__}, INLINE, "not an Ed25519 key"),
     "catalogue file is no catalogue": (
@@ -167,6 +248,29 @@ def test_all_faults_of_the_settings_in_one_line(standing: Deployment, watch: Wat
     assert all(name in line for name in env)
     assert "hunter" not in line
     watch.check_unchanged()
+
+
+# Keys of an algorithm that nobody has.
+_UNKNOWN_KEY = "-----BEGIN PRIVATE KEY-----\nMA8CAQAwBQYDKgMEBAMBAgM=\n-----END PRIVATE KEY-----\n"
+_UNKNOWN_PUBLIC = "-----BEGIN PUBLIC KEY-----\nMA0wBQYDKgMEAwQAAQID\n-----END PUBLIC KEY-----\n"
+
+
+def test_keys_of_an_unknown_algorithm(standing: Deployment, watch: Watch, tmp_path: Path) -> None:
+    private, public = tmp_path / "key.pem", tmp_path / "public.pem"
+    private.write_text(_UNKNOWN_KEY)
+    public.write_text(_UNKNOWN_PUBLIC)
+    env = {"PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(private)}
+    refused(standing, *INLINE, says="SIGNING_KEY_FILE is not an Ed25519 key", env=env)
+    refused(standing, *FROM_S3, "--public-key", str(public), says="public.pem is not a public key in PEM")
+    watch.check_unchanged()
+
+
+def test_a_signing_key_that_may_not_be_read_is_not_called_another_key(tmp_path: Path) -> None:
+    """Who believed that would make a new one."""
+    with pytest.raises(SettingsError, match=r"SIGNING_KEY_FILE cannot be read: Is a directory$"):
+        audit.Signer.load(tmp_path)
+    with pytest.raises(Refused, match="cannot be read: Is a directory"):
+        audit.load_public(tmp_path)
 
 
 # -- a database that is not as it should be -------------------------------------------------------------

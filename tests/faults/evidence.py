@@ -17,15 +17,16 @@ from tasks.prune_logs import PruneLogs
 from tests.conftest import Deployment
 from worker import anchors, audit, ledger_shards, witness
 from worker.errors import Transient
+from worker.job import Job
 from worker.operations import Operations
 from worker.runner import Outcome
-from worker.storage import Store
+from worker.storage import Store, read_digest
 
 Rows = Mapping[str, str]
 
 
-def begin(operations: Operations, job: PruneLogs | None = None) -> UUID:
-    """Enter a run of the log's pruning."""
+def begin(operations: Operations, job: Job | None = None) -> UUID:
+    """Enter a run, of the log's pruning unless it is to be another."""
     return operations.start(job or PruneLogs(), actor="tester", via="test")
 
 
@@ -106,14 +107,25 @@ def check_anchored(deployment: Deployment) -> None:
 
 def _check_archive(deployment: Deployment, run: UUID, gone: set[tuple[str, str]]) -> None:
     store = _store(deployment)
-    manifest = f"archive/activity_log/run={run}/manifest.json"
     if not gone:
         assert store.keys("archive/") == []
         return
-    objects = json.loads(b"".join(store.read(manifest)))["objects"]
-    assert sorted(store.keys("archive/")) == sorted([manifest, *(one["key"] for one in objects)])
+    manifests = check_manifests(deployment, run)
+    objects = json.loads(b"".join(store.read(manifests[-1])))["objects"]
+    assert sorted(store.keys("archive/")) == sorted([*set(manifests), *(one["key"] for one in objects)])
     assert sum(one["rows"] for one in objects) == len(gone)
     assert sorted(archived(store, [one["key"] for one in objects])) == sorted(gone)
+
+
+def check_manifests(deployment: Deployment, run: UUID) -> list[str]:
+    """Every receipt of the run, the last too, has the very manifest that it names; their keys in that order."""
+    store = _store(deployment)
+    bodies = deployment.query("SELECT body FROM paperclip_worker.receipts WHERE run_id = %s ORDER BY seq", run)
+    evidence = [json.loads(body)["evidence"].get("archive", {}) for (body,) in bodies]
+    assert "manifest" in evidence[-1]
+    named = [(one["manifest"], one["sha256"]) for one in evidence if "manifest" in one]
+    assert all(read_digest(store, key) == sha256 for key, sha256 in named)
+    return [key for key, _ in named]
 
 
 def _check_bites(deployment: Deployment, run: UUID, total: int) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
@@ -214,6 +218,46 @@ def made(*given, make=app.make):
 app.make = made
 sys.exit(app.run_worker(config.load(), concurrency=1))
 """
+
+
+_LEAKS = """
+import sys
+from worker import app, config, metrics
+from worker.operations import Operations
+from worker.runner import Runner
+
+def leaks(*_, **__):
+    raise ValueError("hunter2")
+
+Runner._advance = Operations.start = Operations.stalled = app.backlog.measure = metrics.anchors.pending = leaks
+sys.exit(app.run_worker(config.load(), concurrency=1))
+"""
+
+
+def test_an_unexpected_error_is_logged_by_its_kind_alone(released: Deployment, tmp_path: Path) -> None:
+    """Its text may quote a row: neither our log nor Celery's has it, and no traceback. A scrape is answered."""
+    log, tasks = tmp_path / "log", {"work", "launch", "rescue", "measure"}
+    run = released.operations.start(PruneLogs(), actor="t", via="test")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    env = {name: value for name, value in released.process_environment().items() if name != "PYTHONWARNINGS"}
+    env["PAPERCLIP_WORKER_METRICS_PORT"] = port
+    with make(released.operations.settings) as celery, log.open("w") as stderr:
+        for name, words in {"work": (str(run),), "launch": ("prune-activity-log",), "measure": ()}.items():
+            celery.send_task(f"paperclip_worker.{name}", words)
+        worker = subprocess.Popen([sys.executable, "-c", _LEAKS], cwd=ROOT, env=env, stderr=stderr)
+        try:
+            wait(lambda: set(re.findall(r"Task paperclip_worker\.(\w+)\[\S+ raised", log.read_text())) == tasks)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                assert b"paperclip_worker_ledger_up 0.0" in answer.read()
+        finally:
+            worker.terminate()
+            worker.wait(30)
+    said = log.read_text()
+    assert said.count("internal error: ValueError") >= len(tasks)
+    assert "hunter2" not in said
+    assert "Traceback" not in said
+    assert released.operations.result(run)["state"] == "failed"
 
 
 def test_a_worker_that_breaks_down_ends_with_another_status_than_one_that_was_told_to_end(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 from collections.abc import Callable, Iterator
 
@@ -10,7 +12,7 @@ import pytest
 from tests.conftest import Deployment
 from tests.faults.evidence import begin, check_exact, check_kept, complete, rows
 from tests.faults.proxy import Fault, Proxy, proxy
-from worker import config, embedded
+from worker import archive, config, embedded
 from worker.errors import StorageFault
 from worker.operations import Operations
 from worker.runner import Outcome
@@ -92,7 +94,7 @@ def test_a_fault_that_lasts_fails_the_run_and_no_row_goes_unarchived(
 
 
 # boto tries three times by itself; the runner is to try again after that, too.
-@pytest.mark.parametrize("ending", [".zst", "manifest.json"])
+@pytest.mark.parametrize("ending", [".zst", ".json"])
 @pytest.mark.parametrize(
     "bad",
     [("PUT", Fault.DROP, 3), ("PUT", Fault.SWALLOW, 1), ("GET", Fault.CUT, 1), ("GET", Fault.FLIP, 1)],
@@ -132,6 +134,26 @@ def test_a_store_that_is_gone_for_good_fails_the_run(
         behind.resume(str(run))
     released.operations.resume(str(run))
     complete(released.operations, run)
+    check_kept(released, run, before)
+
+
+def test_a_store_that_does_not_delete_does_not_fail_the_run(
+    released: Deployment, behind: Operations, network: Proxy
+) -> None:
+    """What a dead worker left stays; the run's message, when it comes again, takes it away."""
+    before = rows(released)
+    run = begin(behind)
+    store = behind.store
+    assert store is not None
+    leftover = archive.root("activity_log", run) + "company=instance/x.jsonl.zst"
+    store.put(leftover, io.BytesIO(), sha256=hashlib.sha256().hexdigest())
+    network.fault = _from(1, "POST", "", Fault.DROP)
+    assert behind.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    assert network.faults
+    assert behind.result(run)["kept"]
+    assert leftover in store.keys("archive/")
+    network.fault = lambda *_: None
+    assert behind.runner().work(run, seconds=0) is Outcome.SETTLED
     check_kept(released, run, before)
 
 

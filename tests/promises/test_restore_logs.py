@@ -11,11 +11,14 @@ import pytest
 
 from tasks.prune_logs import PruneLogs
 from tasks.restore_logs import RestoreLogs
-from tests.cli.helpers import least
+from tests.cli.helpers import begin, least
 from tests.conftest import ROOT, Deployment
 from tests.faults import doomed
+from tests.faults.evidence import check_manifests
 from tests.faults.evidence import complete as take_up
 from tests.promises.archived import LOGS, complete, content, objects_of, prune, restore, spoil
+from worker import archive
+from worker.params import RunId
 
 _MEGABYTES = "(SELECT string_agg(md5(g::text), E'\\n\"') FROM generate_series(1, 90000) g)"
 _FORKS = """
@@ -56,6 +59,29 @@ def test_on_each_layout_by_the_command(deployment: Deployment) -> None:
     assert done["kept"]
     assert done["rows"] > 0
     assert content(deployment, "activity_log") == before
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_archive_of_an_earlier_release_comes_back(
+    released: Deployment, monkeypatch: pytest.MonkeyPatch, *, resumed: bool
+) -> None:
+    """Whose manifest has the one name that they all had; also one that was begun then, and completed now."""
+    before = content(released, "activity_log")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(archive, "manifest_key", lambda root, _: root + "manifest.json")
+        if resumed:
+            run = RunId(str(begin(released)))
+            released.operations.stop(str(run))
+        else:
+            run = prune(released)
+    if resumed:
+        released.operations.resume(str(run))
+        take_up(released.operations, run)
+    manifests = check_manifests(released, run)
+    assert manifests[0].endswith("/manifest.json")
+    assert len(set(manifests)) == 1 + resumed
+    restore(released, run)
+    assert content(released, "activity_log") == before
 
 
 def test_columns_of_forks_come_back_whatever_their_type(released: Deployment) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 from collections.abc import Callable
+from uuid import UUID
 
 import pytest
 import zstandard
@@ -15,6 +17,7 @@ from tasks.prune_logs import PruneLogs
 from tasks.restore_logs import RestoreLogs
 from tests.cli.helpers import INLINE, keys, refused, world
 from tests.conftest import Deployment
+from tests.faults.evidence import check_manifests
 from tests.promises.archived import complete, content, objects_of, prune, restore, store_of
 from worker.errors import Refused, UnderWay
 from worker.params import RunId
@@ -60,8 +63,9 @@ def _swap(deployment: Deployment, key: str) -> None:
     deployment.query("UPDATE paperclip_worker.objects SET sha256 = %s WHERE key = %s", sha256, key)
 
 
-def _manifest(key: str) -> str:
-    return key.partition("/company=")[0] + "/manifest.json"
+def _manifest(deployment: Deployment, key: str) -> str:
+    (run,) = re.findall("/run=([^/]+)/", key)
+    return check_manifests(deployment, UUID(run))[-1]
 
 
 _HARM: dict[str, tuple[Callable[[Deployment, str], object], str]] = {
@@ -77,12 +81,14 @@ _HARM: dict[str, tuple[Callable[[Deployment, str], object], str]] = {
     "gone": (lambda deployment, key: store_of(deployment).delete([key]), "archive object .* is missing"),
     "other rows, the ledger too": (_swap, "archive object .* is not the one that the manifest names"),
     "manifest gone": (
-        lambda deployment, key: store_of(deployment).delete([_manifest(key)]),
-        "manifest.json is missing or is not the manifest that the receipt names",
+        lambda deployment, key: store_of(deployment).delete([_manifest(deployment, key)]),
+        "manifest-[0-9a-f]{16}.json is missing or is not the manifest that the receipt names",
     ),
     "manifest changed": (
-        lambda deployment, key: _write(deployment, _manifest(key), _body(deployment, _manifest(key)) + b" "),
-        "manifest.json is missing or is not the manifest that the receipt names",
+        lambda deployment, key: _write(
+            deployment, _manifest(deployment, key), _body(deployment, _manifest(deployment, key)) + b" "
+        ),
+        "manifest-[0-9a-f]{16}.json is missing or is not the manifest that the receipt names",
     ),
 }
 

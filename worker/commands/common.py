@@ -16,6 +16,7 @@ from uuid import UUID
 import click
 
 from worker.errors import Exit, Interrupted, Refused, WorkerError
+from worker.params import is_text
 from worker.states import ACTIVE, SETTLED
 
 if TYPE_CHECKING:
@@ -71,11 +72,14 @@ def actor_option(command: F) -> F:
 
 
 def login() -> str:
-    """The login name, where there is one."""
+    """The login name, where there is one. Refused when it is not text."""
     try:
-        return getpass.getuser()
+        name = getpass.getuser()
     except (OSError, KeyError):  # a user id without an account, as in a container; KeyError before Python 3.13
         return "unknown"
+    if not is_text(name):
+        raise Refused("the login name is not UTF-8; say who it is with --actor")
+    return name
 
 
 def require_answer(*, yes: bool, as_json: bool, what: str, other: str = "") -> None:
