@@ -18,9 +18,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from worker import canonical, db
-from worker.audit import RECEIPTS, Receipt
+from worker.audit import ANCHORS, RECEIPTS, Receipt
 from worker.errors import AnchorTampered
-from worker.ledger import SCHEMA
 from worker.logs import log
 from worker.storage import Lock
 
@@ -34,12 +33,9 @@ HEADS = PREFIX + "heads/"
 # Receipts are read from the database so many at a time.
 _SLICE = 50
 
-ANCHORS = sa.Table(
-    "anchors",
-    sa.MetaData(schema=SCHEMA),
-    sa.Column("seq", sa.BigInteger),
-    sa.Column("key", sa.Text),
-    sa.Column("locked_until", sa.DateTime(timezone=True)),
+# The name of a receipt's object in SQL; as `key_of`.
+KEY = sa.func.concat(
+    PREFIX, sa.func.lpad(sa.cast(RECEIPTS.c.seq, sa.Text), 12, "0"), "-", sa.func.left(RECEIPTS.c.hash, 16), ".json"
 )
 
 
@@ -196,7 +192,7 @@ def _receipts(engine: sa.Engine, settings: Settings, *, every: bool) -> Iterator
 
 
 def _pending() -> sa.ColumnElement[bool]:
-    return ~sa.exists().where(ANCHORS.c.seq == RECEIPTS.c.seq)
+    return ~sa.exists().where(ANCHORS.c.seq == RECEIPTS.c.seq, ANCHORS.c.key == KEY)
 
 
 def _record(engine: sa.Engine, settings: Settings, anchor: Anchor) -> None:
@@ -212,7 +208,8 @@ def _transaction(engine: sa.Engine, settings: Settings) -> db.Transaction:
 
 def of(connection: sa.Connection, seqs: Collection[int]) -> dict[int, Anchor]:
     """The anchors of those of these receipts that have one."""
-    rows = connection.execute(sa.select(ANCHORS).where(ANCHORS.c.seq.in_(seqs)))
+    own = sa.and_(RECEIPTS.c.seq == ANCHORS.c.seq, ANCHORS.c.key == KEY)
+    rows = connection.execute(sa.select(ANCHORS).join(RECEIPTS, own).where(ANCHORS.c.seq.in_(seqs)))
     return {row.seq: Anchor(**row._asdict()) for row in rows}
 
 

@@ -235,18 +235,16 @@ class Comparison:
             elif own[0].seq > receipt.seq:
                 self._flaw(receipt.seq, f"the database lacks receipt {receipt.seq}, which the bucket has")
             else:
-                self._hold_beside(receipt, *own)
+                self._hold_beside(receipt, own[0])
                 own = next(self._books, None)
             yield receipt
         while own is not None:
             self._only_here(*own)
             own = next(self._books, None)
 
-    def _hold_beside(self, receipt: Receipt, own: Receipt, key: str | None) -> None:
+    def _hold_beside(self, receipt: Receipt, own: Receipt) -> None:
         if anchors.signed(own) != anchors.signed(receipt):
             self._flaw(receipt.seq, f"the database has another receipt {receipt.seq} than the bucket")
-        elif key not in {None, anchors.key_of(receipt)}:
-            self._flaw(receipt.seq, f"the database says that it is in the bucket as {key}")
 
     def _only_here(self, receipt: Receipt, key: str | None) -> None:
         if key is not None:

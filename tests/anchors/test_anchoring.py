@@ -18,7 +18,7 @@ from botocore.exceptions import ClientError
 
 from tests.anchors.conftest import LOCKED, on
 from tests.anchors.test_witness import rewritten
-from tests.cli.helpers import INLINE, check_refusal, complete, keys, start
+from tests.cli.helpers import INLINE, begin, check_refusal, complete, keys, start
 from tests.conftest import Deployment
 from tests.faults import doomed, evidence
 from tests.faults.doomed import work_and_die
@@ -431,3 +431,115 @@ def test_a_receipt_settled_while_the_bucket_is_read_is_no_flaw(
     with four.operations.transaction(read_only=True) as connection:
         comparison.catch_up(anchors.hashes(connection, comparison.beyond))
     assert comparison.flaws == []
+
+
+# -- receipts cut off the end ---------------------------------------------------------------------------
+
+
+def _cut(deployment: Deployment, *, run: bool = False, anchor: bool = False) -> None:
+    """Take the last receipt out of the database and set the chain back, as somebody who owns it could."""
+    ((seq, whose),) = deployment.query("SELECT max(seq), (array_agg(run_id ORDER BY seq DESC))[1] FROM " + _RECEIPTS)
+    deployment.query(f"DELETE FROM {_RECEIPTS} WHERE seq = %s", seq)
+    back = f"FROM {_RECEIPTS} AS last WHERE last.seq = %s"
+    deployment.query(f"UPDATE paperclip_worker.chain SET seq = last.seq, hash = last.hash {back}", seq - 1)
+    if anchor:
+        deployment.query("DELETE FROM paperclip_worker.anchors WHERE seq = %s", seq)
+    for table in ("bites", "objects", "shards") * run:
+        deployment.query(f"DELETE FROM paperclip_worker.{table} WHERE run_id = %s", whose)
+    if run:
+        deployment.query("DELETE FROM paperclip_worker.runs WHERE id = %s", whose)
+
+
+_RECEIPTS = "paperclip_worker.receipts"
+
+
+def test_the_last_receipt_of_a_resumed_run_is_missed(released: Deployment) -> None:
+    """It has an earlier one, which says that it was stopped."""
+    run = begin(released)
+    released.cli("runs", "stop", str(run))
+    released.cli("runs", "resume", str(run), "--inline")
+    assert released.cli("receipts", "verify").stdout == "2 receipts, chain intact\n"
+    _cut(released, anchor=True)
+    told = released.cli("receipts", "verify", ok=False)
+    check_refusal(
+        told, says=f"receipt 1: run {run} is settled as kept, and its newest receipt says otherwise", status=1
+    )
+
+
+def test_a_run_that_ended_otherwise_than_its_receipt_says_is_found(released: Deployment) -> None:
+    complete(released, archive=False)
+    for change in ("state = 'unkept'", "settled_at = settled_at + interval '1 us'", "settled_at = 'infinity'"):
+        released.query(f"UPDATE paperclip_worker.runs SET {change}")
+        told = released.cli("receipts", "verify", ok=False)
+        check_refusal(told, says="and its newest receipt says otherwise", status=1)
+
+
+def test_an_anchor_tells_that_its_receipt_is_gone(released: Deployment) -> None:
+    """Also when the run went with it; without the anchor only the bucket knows."""
+    for _ in range(3):
+        complete(released, archive=False)
+    _cut(released, run=True)
+    says = r"receipt 3: the database says that it is in the bucket as receipts/0+3-\S+, and has no such receipt"
+    check_refusal(released.cli("receipts", "verify", ok=False), says=says, status=1)
+    released.query("UPDATE paperclip_worker.anchors SET key = 'receipts/0\x1b.json' WHERE seq = 2")
+    told = released.cli("receipts", "verify", ok=False)
+    check_refusal(
+        told, says=r"receipt 2: .* as receipts/0\\x1b\.json, and has no such receipt \(and 1 more\)", status=1
+    )
+    released.query("DELETE FROM paperclip_worker.anchors")
+    assert released.cli("receipts", "verify").returncode == 0
+    _disagree(released, "the database lacks receipt 3, which the bucket has")
+
+
+def _only_the_chain(deployment: Deployment) -> None:
+    deployment.query(
+        f"UPDATE paperclip_worker.chain SET seq = 1, hash = (SELECT hash FROM {_RECEIPTS} WHERE seq = 1)"
+    )
+
+
+def _no_chain(deployment: Deployment) -> None:
+    deployment.query("DELETE FROM paperclip_worker.chain")
+
+
+def _other_hash(deployment: Deployment) -> None:
+    deployment.query("UPDATE paperclip_worker.chain SET hash = repeat('0', 64)")
+
+
+def _only_the_receipt(deployment: Deployment) -> None:
+    deployment.query(f"DELETE FROM {_RECEIPTS} WHERE seq = 2")
+
+
+@pytest.mark.parametrize(
+    ("cut", "finds"),
+    [
+        (_cut, "receipt 2 is missing"),
+        (lambda one: _cut(one, run=True), "receipt 2 is missing"),
+        (_only_the_receipt, "receipt 2 is missing"),
+        (_only_the_chain, None),
+        (_other_hash, None),
+        (_no_chain, "the chain does not end where its head says"),
+    ],
+    ids=["set back", "with its run", "not set back", "the chain's row alone", "its hash", "no such row"],
+)
+def test_no_receipt_takes_the_place_of_one_that_was_cut_off(
+    released: Deployment, cut: Callable[[Deployment], None], finds: str | None
+) -> None:
+    """Later runs settle and are anchored beyond it, and its number stays missing. A row set back alone is mended."""
+    for _ in range(2):
+        complete(released, archive=False)
+    cut(released)
+    result = complete(released, archive=False)
+    assert result["receipt"]["seq"] == 3
+    assert result["anchor"]["key"].startswith(f"receipts/{3:012d}-")
+    assert len(_in_bucket(released)) == 6
+    done = released.json("receipts", "verify", ok=False)
+    assert finds is None or finds in [one["what"] for one in done["flaws"]]
+    assert done["intact"] is (finds is None)
+    if finds is None:
+        check_anchored(released)
+
+
+def test_an_anchor_of_another_receipt_anchors_nothing(released: Deployment) -> None:
+    complete(released, archive=False)
+    released.query("UPDATE paperclip_worker.anchors SET key = 'receipts/000000000001-0123456789abcdef.json'")
+    assert (_pending(released), released.json("receipts", "list")["receipts"][0]["anchor"]) == (1, None)

@@ -122,7 +122,8 @@ def verify(public_key: tuple[Path, ...], from_s3: bool, both: bool, as_json: boo
         click.echo(text)
     if flaws:
         first, more = flaws[0], f" (and {len(flaws) - 1} more)" if len(flaws) > 1 else ""
-        click.echo(f"paperclip-worker: the chain is broken at receipt {first.seq}: {first.what}{more}", err=True)
+        what = common.on_one_line(first.what)
+        click.echo(f"paperclip-worker: the chain is broken at receipt {first.seq}: {what}{more}", err=True)
     return Exit.UNKEPT if flaws else Exit.KEPT
 
 
@@ -150,7 +151,7 @@ def _from_s3(settings: Settings, trusted: Sequence[Ed25519PublicKey]) -> tuple[d
 
 
 def _from_database(trusted: Sequence[Ed25519PublicKey], *, both: bool) -> tuple[dict[str, Any], list[Flaw], str]:
-    from worker import anchors, audit, ledger, witness
+    from worker import anchors, books, ledger, witness
     from worker.config import Need
 
     deployment = common.operations(*([Need.STORAGE] if both else []))
@@ -158,7 +159,7 @@ def _from_database(trusted: Sequence[Ed25519PublicKey], *, both: bool) -> tuple[
     with deployment.transaction(scan=True, read_only=True) as connection:
         ledger.require(connection)
         facts["not_anchored"] = anchors.pending(connection)
-        count, flaws = audit.verify(connection, trusted)
+        count, flaws = books.verify(connection, trusted)
         if both and deployment.store is not None:
             comparison = witness.Comparison(anchors.books(connection))
             found = witness.verify(deployment.store, trusted, beside=comparison)
