@@ -20,7 +20,7 @@ from uuid import UUID
 from worker import anchors, audit
 from worker.anchors import HEADS, PREFIX, Signed
 from worker.audit import Flaw, Receipt
-from worker.storage import Missing
+from worker.storage import LARGEST, Missing, TooLarge
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 # Objects are read at the same time, and so many are read ahead.
 _READERS = 8
 _AHEAD = 32
-# No receipt is near this; an object that is would only be there to fill our memory.
-_LARGEST = 16 << 20
 _RECEIPT = re.compile(r"receipts/([0-9]{12})-([0-9a-f]{16})\.json")
 _HEAD = re.compile(r"receipts/heads/([0-9]{12})\.json")
 
@@ -178,14 +176,14 @@ class _Reader:
 
     def _read(self, history: History) -> list[Stored] | None:
         """Every version, the oldest first; None when one is gone since it was listed, or too large."""
-        if any(version.size > _LARGEST for version in history.versions):
+        if any(version.size > LARGEST for version in history.versions):
             return None
         plain = len(history.versions) == 1 and not history.deleted
         try:
             return [
                 self._store.get(history.key, version=None if plain else version.id) for version in history.versions
             ]
-        except Missing:
+        except (Missing, TooLarge):
             return None
 
     def _judge(self, seq: int, history: History, stored: list[Stored] | None) -> bytes | None:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +25,13 @@ from tests.faults import doomed, evidence
 from tests.faults.doomed import work_and_die
 from tests.faults.evidence import check_anchored
 from tests.faults.proxy import Fault, Proxy, proxy
-from worker import anchors, app, audit, config, embedded, storage, timetable, witness
+from worker import anchors, app, audit, canonical, config, embedded, storage, timetable, witness
 from worker.anchors import Signed
 from worker.app import Site
 from worker.errors import AnchorTampered, Refused, StorageFault
 from worker.metrics import LedgerCollector
 from worker.operations import Operations
+from worker.storage import TooLarge
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -104,6 +106,12 @@ def test_a_new_bucket_gets_every_receipt_once_asked(released: Deployment, locked
     assert moved.json("receipts", "anchor")["anchored"] == 0
     assert moved.json("receipts", "anchor", "--all")["anchored"] == 2
     assert moved.json("receipts", "verify", "--anchors")["bucket"]["locked"] is True
+    # What operators are shown is of the bucket it was last written to.
+    for now, locked in ((moved, True), (released, False)):
+        now.cli("receipts", "anchor", "--all")
+        anchor = now.json("runs", "show", "last")["anchor"]
+        assert (anchor["locked_until"] is not None) is locked
+        assert now.json("receipts", "list")["receipts"][0]["anchor"] == anchor
 
 
 # -- Object Lock --------------------------------------------------------------------------------------
@@ -292,6 +300,68 @@ def test_a_name_that_is_taken_is_told_and_keeps_no_other_out(released: Deploymen
     assert [one["anchor"] is None for one in released.json("receipts", "list")["receipts"]] == [False, True, False]
     check_refusal(released.cli("receipts", "anchor", ok=False), says="heads/0+2.json: .*something else", status=1)
     check_refusal(released.cli("receipts", "verify", "--from-s3", ok=False), says="does not name this", status=1)
+
+
+_CHANGES = {
+    "the body was changed": f"body = replace(body, 'tester', 'nobody'), signature = '{'00' * 64}'",
+    "the body is not JSON": "body = repeat('[', 9999), hash = encode(sha256(repeat('[', 9999)::bytea), 'hex')",
+    "the body is not a JSON object": "body = '[]', hash = encode(sha256('[]'), 'hex')",
+    "the body belongs to another place": "body = '{}', hash = encode(sha256('{}'), 'hex')",
+    "the signature does not fit": f"signature = '{'00' * 64}'",
+    "the signature does not fit ": "signature = upper(signature) || ' '",
+    "the body names another signer": "signer = repeat('0', 16)",
+}
+
+
+def test_a_pending_receipt_that_was_changed_is_not_written(released: Deployment) -> None:
+    """Under its name, which nobody gets twice, only what was signed may be; what is whole is written all the same."""
+    complete(on(released, s3_bucket=""), archive=False)
+    ((body, digest, signer, signature),) = released.query(f"SELECT body, hash, signer, signature FROM {_RECEIPTS}")
+    back = f"UPDATE {_RECEIPTS} SET body = %s, hash = %s, signer = %s, signature = %s WHERE seq = 1"
+    for says, change in _CHANGES.items():
+        released.query(f"UPDATE {_RECEIPTS} SET {change}")
+        with pytest.raises(AnchorTampered, match=f"receipt 1 is not what was signed: {says.strip()}"):
+            released.operations.anchor()
+        released.query(back, body, digest, signer, signature)
+    # Made whole in itself by somebody, of a key that nobody knows here: then it must at least follow the one before.
+    stranger = canonical.encode(json.loads(body) | {"signer": "0" * 16, "prev": "1" * 64}).decode()
+    released.query(back, stranger, anchors.sha256(stranger), "0" * 16, signature)
+    told = released.cli("receipts", "anchor", ok=False)
+    check_refusal(told, says="receipt 1 is not what was signed: it does not follow the receipt before it", status=1)
+    assert _in_bucket(released) == []
+    complete(released, archive=False)
+    assert (_pending(released), len(_in_bucket(released))) == (1, 2)
+    released.query(back, body, digest, signer, signature)
+    check_anchored(released)
+
+
+@pytest.mark.parametrize("values", [{"hash": "0" * 64}, {"signature": "00" * 64}], ids=["hash", "signature"])
+def test_a_head_that_nobody_signed_is_not_taken_for_ours(
+    released: Deployment, signing_key: Path, values: dict[str, str]
+) -> None:
+    complete(on(released, s3_bucket=""), archive=False)
+    store = released.operations.store
+    assert store is not None
+    with released.operations.transaction(read_only=True) as connection:
+        head = anchors.head_of(audit.get(connection, 1), audit.Signer.load(signing_key))
+    store.put_once(anchors.head_key(1), replace(head, **values).encode(), lock=None)
+    check_refusal(released.cli("receipts", "anchor", ok=False), says="heads/0+1.json: .*something else", status=1)
+    assert _pending(released) == 1
+
+
+@pytest.mark.parametrize(
+    "key", ["receipts/heads/{0:012d}.json", "receipts/{0:012d}-{1}.json"], ids=["head", "receipt"]
+)
+def test_what_is_too_large_for_a_receipt_is_not_read(released: Deployment, key: str) -> None:
+    complete(on(released, s3_bucket=""), archive=False)
+    store = released.operations.store
+    assert store is not None
+    ((start,),) = released.query(f"SELECT left(hash, 16) FROM {_RECEIPTS}")
+    store.put_once(key.format(1, start), b" " * (17 << 20), lock=None)
+    with pytest.raises(TooLarge, match="larger than a receipt"):
+        store.get(key.format(1, start))
+    with pytest.raises(AnchorTampered, match="the bucket holds something else under this name"):
+        released.operations.anchor()
 
 
 def test_a_head_by_an_earlier_key_is_as_good(released: Deployment, tmp_path: Path, signing_key: Path) -> None:
