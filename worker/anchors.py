@@ -100,6 +100,7 @@ def signed(receipt: Receipt) -> Signed:
 def head_facts(receipt: Receipt) -> dict[str, Any]:
     """What a head says. The time is the settlement's: another would differ with each attempt to write it."""
     time = json.loads(receipt.body).get("settled_at")
+    time = time if isinstance(time, str) else None
     return {"v": 1, "head": True, "seq": receipt.seq, "hash": receipt.hash, "time": time}
 
 

@@ -37,7 +37,6 @@ RECEIPTS = sa.Table(
     sa.Column("seq", sa.BigInteger),
     sa.Column("run_id", sa.Uuid),
     *(sa.Column(name, sa.Text) for name in ("body", "hash", "signer", "signature")),
-    sa.Column("at", sa.DateTime(timezone=True)),
 )
 # Which receipts are in the bucket too; see anchors.py. A row that outlives its receipt tells that one was removed.
 ANCHORS = sa.Table(
@@ -60,7 +59,6 @@ class Receipt:
     hash: str
     signer: str
     signature: str
-    at: datetime
 
     def to_json(self) -> dict[str, Any]:
         """All of it as one object. Refused when somebody has made the body something else."""

@@ -128,6 +128,7 @@ def test_object_lock_keeps_a_receipt_from_deletion(locked: Deployment, client: S
     assert deployment.cli("receipts", "anchor").stdout.endswith(", locked\n")
     found = deployment.json("receipts", "verify", "--from-s3")
     assert (found["locked"], found["locked_until"]) == (True, result["anchor"]["locked_until"])
+    assert f"locked until {found['locked_until']}; head 1" in deployment.cli("receipts", "verify", "--from-s3").stdout
     prefix = deployment.environment["PAPERCLIP_WORKER_S3_PREFIX"]
     for key in (result["anchor"]["key"], anchors.head_key(1)):
         where: dict[str, Any] = {"Bucket": LOCKED, "Key": prefix + key}
@@ -501,6 +502,59 @@ def test_a_receipt_settled_while_the_bucket_is_read_is_no_flaw(
     with four.operations.transaction(read_only=True) as connection:
         comparison.catch_up(anchors.hashes(connection, comparison.beyond))
     assert comparison.flaws == []
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["its head too", "its head a moment later"])
+def test_a_receipt_that_comes_after_the_heads_were_listed_is_no_flaw(
+    four: Deployment, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    history, put_once = storage.S3Store.history, storage.S3Store.put_once
+    settle = iter([lambda: complete(four, archive=False)])
+    held: list[Callable[[], None]] = []
+
+    def settle_after_the_heads(self: storage.S3Store, prefix: str) -> Iterator[storage.History]:
+        if prefix == anchors.PREFIX:
+            next(settle, lambda: None)()
+        yield from history(self, prefix)
+        while prefix == anchors.head_key(5) and held:
+            held.pop()()
+
+    def hold(self: storage.S3Store, key: str, body: bytes, *, lock: storage.Lock | None) -> None:
+        if late and key == anchors.head_key(5):
+            held.append(lambda: put_once(self, key, body, lock=lock))
+        else:
+            put_once(self, key, body, lock=lock)
+
+    monkeypatch.setattr(storage.S3Store, "history", settle_after_the_heads)
+    monkeypatch.setattr(storage.S3Store, "put_once", hold)
+    monkeypatch.setattr("worker.witness.MOMENT", 0)
+    found = _verify(four)
+    assert (found.receipts, found.heads, found.flaws) == (5, 5, [])
+
+
+def test_retention_that_has_ended_keeps_nothing(locked: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete(locked, archive=False)
+    assert _verify(locked).locked
+    get = storage.S3Store.get
+
+    def old(self: storage.S3Store, key: str, *, version: str | None = None) -> storage.Stored:
+        return replace(get(self, key, version=version), locked_until=datetime.now(UTC) - timedelta(seconds=1))
+
+    monkeypatch.setattr(storage.S3Store, "get", old)
+    found = _verify(locked)
+    assert (found.flaws, found.locked, found.to_json()["locked_until"]) == ([], False, None)
+
+
+def test_nothing_on_both_sides_is_no_flaw_and_what_is_pending_is_said(released: Deployment) -> None:
+    assert (
+        released.cli("receipts", "verify", "--anchors").stdout == "0 receipts, chain intact, and the bucket agrees\n"
+    )
+    told = released.cli("receipts", "verify", "--from-s3", ok=False)
+    check_refusal(told, says="there is no receipt", status=1)
+    complete(released, archive=False)
+    complete(on(released, s3_bucket=""), archive=False)
+    said = "2 receipts, chain intact, 1 not in the bucket yet\n"
+    assert released.cli("receipts", "verify", "--anchors").stdout == said
 
 
 # -- receipts cut off the end ---------------------------------------------------------------------------

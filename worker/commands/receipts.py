@@ -85,7 +85,8 @@ def anchor(every: bool, as_json: bool) -> None:
     written = deployment.anchor(every=every)
     if deployment.store is None:
         raise Refused(f"{Need.STORAGE.value} is not set")
-    locked = all(one.locked_until for one in written) and deployment.store.lockable()
+    now = deployment.now()
+    locked = all(one.locked_until and one.locked_until > now for one in written) and deployment.store.lockable()
     with deployment.transaction(read_only=True) as connection:
         pending = anchors.pending(connection)
     where = deployment.store.location + anchors.PREFIX
@@ -142,7 +143,7 @@ def _from_s3(settings: Settings, trusted: Sequence[Ed25519PublicKey]) -> tuple[d
     store = S3Store(settings)
     found = witness.verify(store, trusted)
     facts = found.to_json() | {"location": store.location + anchors.PREFIX}
-    lock = f"locked until {found.locked_until:%Y-%m-%d}" if found.locked else "not locked"
+    lock = f"locked until {found.locked_until.isoformat()}" if found.locked and found.locked_until else "not locked"
     return (
         facts,
         found.flaws,
@@ -168,8 +169,9 @@ def _from_database(trusted: Sequence[Ed25519PublicKey], *, both: bool) -> tuple[
             comparison.catch_up(anchors.hashes(connection, comparison.beyond))
         facts["bucket"] = found.to_json()
         flaws = [*comparison.flaws, *flaws, *found.flaws]
-    agree = ", and the bucket agrees" if both else ""
-    return {"receipts": count, **facts}, flaws, f"{count} receipts, chain intact{agree}"
+    pending = facts["not_anchored"]
+    agree = f", {pending} not in the bucket yet" if pending else ", and the bucket agrees"
+    return {"receipts": count, **facts}, flaws, f"{count} receipts, chain intact{agree if both else ''}"
 
 
 @click.command()
