@@ -154,7 +154,7 @@ def _require_signed(receipt: Receipt, before: str | None, signer: Signer) -> Non
 
     One that a known key signed says itself what it follows; whether that is there is for `verify` to judge.
     """
-    keys = audit.by_fingerprint([signer.public])
+    keys = audit.by_fingerprint(signer.trusted)
     before = None if receipt.signer in keys else before
     if flaws := audit.flaws_of(receipt, before, keys, strangers=True):
         raise AnchorTampered(
@@ -188,7 +188,7 @@ def _get(store: S3Store, key: str) -> Stored:
 
 def _holds(head: Signed, signer: Signer) -> bool:
     """Whether a head has its hash, and a signature that fits where it says that this is the key."""
-    keys = audit.by_fingerprint([signer.public])
+    keys = audit.by_fingerprint(signer.trusted)
     fits = head.signer not in keys or not audit.signature_flaws(head.hash, head.signer, head.signature, keys)
     return fits and sha256(head.body) == head.hash
 

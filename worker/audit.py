@@ -29,6 +29,7 @@ from worker.logs import log
 
 GENESIS = "0" * 64
 _SIGNATURE = re.compile("[0-9a-f]{128}")
+_PUBLIC = re.compile(b"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
 
 _meta = sa.MetaData(schema=SCHEMA)
 RECEIPTS = sa.Table(
@@ -64,10 +65,10 @@ class Receipt:
         """All of it as one object. Refused when somebody has made the body something else."""
         try:
             body = json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
-        if not isinstance(body, dict):
-            raise Refused(f"receipt {self.seq} is not what was signed: its body is no JSON object; `receipts verify`")
+        if not isinstance(body, dict) or body.get("seq") != self.seq:
+            raise Refused(f"receipt {self.seq} is not what was signed; see `receipts verify`")
         return {**body, "hash": self.hash, "signature": self.signature}
 
 
@@ -83,25 +84,32 @@ class Flaw:
 
 
 class Signer:
-    """The deployment's signing key. Its fingerprint names it in receipts; the key itself goes nowhere."""
+    """The deployment's signing key. Its fingerprint names it in receipts; the key itself goes nowhere.
 
-    def __init__(self, key: Ed25519PrivateKey) -> None:
+    `trusted` is its public key and those of the keys before it, as far as the file has them.
+    """
+
+    def __init__(self, key: Ed25519PrivateKey, *, earlier: Sequence[Ed25519PublicKey] = ()) -> None:
         self._key = key
         self.public = key.public_key()
         self.fingerprint = fingerprint(self.public)
+        self.trusted = (self.public, *earlier)
 
     @classmethod
     def load(cls, path: Path) -> Signer:
-        """The key in a PKCS#8 PEM file. Raises SettingsError when it is not such a file."""
+        """The key in a PKCS#8 PEM file, and public keys beside it. Raises SettingsError for any other file."""
         try:
-            key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+            pem = path.read_bytes()
+            key = serialization.load_pem_private_key(pem, password=None)
+            earlier = [serialization.load_pem_public_key(one) for one in _PUBLIC.findall(pem)]
         except (OSError, ValueError, TypeError) as error:
             raise SettingsError(
                 "PAPERCLIP_WORKER_SIGNING_KEY_FILE is not an Ed25519 key in PKCS#8 PEM; `keygen` makes one"
             ) from error
-        if not isinstance(key, Ed25519PrivateKey):
+        public = [one for one in earlier if isinstance(one, Ed25519PublicKey)]
+        if not isinstance(key, Ed25519PrivateKey) or len(public) < len(earlier):
             raise SettingsError("PAPERCLIP_WORKER_SIGNING_KEY_FILE holds a key that is not Ed25519")
-        return cls(key)
+        return cls(key, earlier=public)
 
     def sign(self, digest: str) -> str:
         """Signature (hex) of a hash given in hex."""
@@ -192,7 +200,7 @@ def _end(connection: sa.Connection, signer: Signer) -> tuple[int, str]:
     if found == said and anchored <= said[0]:
         return said
     log.error("chain of receipts was changed", chain=said[0], receipts=found[0], anchors=anchored)
-    if found[0] == said[0] and flaws_of(newest[0], None, by_fingerprint([signer.public])):
+    if found[0] == said[0] and flaws_of(newest[0], None, by_fingerprint(signer.trusted)):
         found = said
     seq, digest = max(found, said, key=lambda one: one[0])
     return max(seq, anchored), digest

@@ -34,7 +34,7 @@ def verify(connection: sa.Connection, trusted: Sequence[Ed25519PublicKey]) -> tu
         flaws.append(Flaw(seq=last[0], what="the chain does not end where its head says"))
     elif head.hash != last[1]:
         flaws.append(Flaw(seq=last[0], what="the last receipt is not the one the head names"))
-    flaws += [*_runs(connection, last[0]), *_anchors(connection)]
+    flaws += [*_runs(connection, last[0]), *_anchors(connection), *_times(connection)]
     return count, flaws
 
 
@@ -69,3 +69,9 @@ def _anchors(connection: sa.Connection) -> Iterator[Flaw]:
     for row in connection.execute(query.where(KEY.is_distinct_from(ANCHORS.c.key)).order_by(ANCHORS.c.seq)):
         what = f"the database says that it is in the bucket as {row.key}, and has no such receipt"
         yield Flaw(seq=row.seq, what=what)
+
+
+def _times(connection: sa.Connection) -> Iterator[Flaw]:
+    at = sa.column("at", sa.DateTime(timezone=True))
+    for seq in connection.scalars(sa.select(RECEIPTS.c.seq).where(_possible(at).is_(None)).order_by(RECEIPTS.c.seq)):
+        yield Flaw(seq=seq, what="it has a time in the database that none can have")
