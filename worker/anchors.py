@@ -11,35 +11,31 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
-from worker import canonical, db
-from worker.audit import RECEIPTS, Receipt
+from worker import audit, canonical, db
+from worker.audit import ANCHORS, RECEIPTS, Receipt
 from worker.errors import AnchorTampered
-from worker.ledger import SCHEMA
 from worker.logs import log
-from worker.storage import Lock
+from worker.storage import Lock, TooLarge
 
 if TYPE_CHECKING:
     from worker.audit import Signer
     from worker.config import Settings
-    from worker.storage import S3Store
+    from worker.storage import S3Store, Stored
 
 PREFIX = "receipts/"
 HEADS = PREFIX + "heads/"
 # Receipts are read from the database so many at a time.
 _SLICE = 50
 
-ANCHORS = sa.Table(
-    "anchors",
-    sa.MetaData(schema=SCHEMA),
-    sa.Column("seq", sa.BigInteger),
-    sa.Column("key", sa.Text),
-    sa.Column("locked_until", sa.DateTime(timezone=True)),
+# The name of a receipt's object in SQL; as `key_of`.
+KEY = sa.func.concat(
+    PREFIX, sa.func.lpad(sa.cast(RECEIPTS.c.seq, sa.Text), 12, "0"), "-", sa.func.left(RECEIPTS.c.hash, 16), ".json"
 )
 
 
@@ -104,6 +100,7 @@ def signed(receipt: Receipt) -> Signed:
 def head_facts(receipt: Receipt) -> dict[str, Any]:
     """What a head says. The time is the settlement's: another would differ with each attempt to write it."""
     time = json.loads(receipt.body).get("settled_at")
+    time = time if isinstance(time, str) else None
     return {"v": 1, "head": True, "seq": receipt.seq, "hash": receipt.hash, "time": time}
 
 
@@ -126,20 +123,21 @@ def write(
     """Write pending receipts (with `every` all of them) to the bucket in their order, each read back; those written.
 
     Raises StorageFault or Refused at the first the store does not take, and AnchorTampered, after the others,
-    when something else has the name of one. What was written until then stays and is recorded.
+    for one that was changed, or when something else has its name. What was written until then stays and is recorded.
     """
     done: list[Anchor] = []
     tampered: AnchorTampered | None = None
     lock: Lock | None = None
-    for number, receipt in enumerate(_receipts(engine, settings, every=every)):
+    for number, (receipt, before) in enumerate(_receipts(engine, settings, every=every)):
         if number == most:
             break
         if number == 0 and store.lockable():
-            lock = Lock(mode=settings.receipt_lock_mode, until=datetime.now(UTC) + settings.receipt_lock)
+            lock = Lock(mode=settings.receipt_lock_mode, until=_now(engine, settings) + settings.receipt_lock)
         try:
+            _require_signed(receipt, before, signer)
             anchor = _write_one(store, receipt, signer, lock)
         except AnchorTampered as error:
-            # One name that somebody took must not keep later receipts out of the bucket.
+            # One that somebody changed, or whose name is taken, must not keep later receipts out of the bucket.
             tampered = tampered or error
             continue
         _record(engine, settings, anchor)
@@ -151,19 +149,48 @@ def write(
     return done
 
 
+def _require_signed(receipt: Receipt, before: str | None, signer: Signer) -> None:
+    """Raise AnchorTampered for a receipt that was changed: once written, the true one could never have its name.
+
+    One that a known key signed says itself what it follows; whether that is there is for `verify` to judge.
+    """
+    keys = audit.by_fingerprint(signer.trusted)
+    before = None if receipt.signer in keys else before
+    if flaws := audit.flaws_of(receipt, before, keys, strangers=True):
+        raise AnchorTampered(
+            f"receipt {receipt.seq} is not what was signed: {flaws[0]}; it is not written to the bucket; "
+            "see `receipts verify`"
+        )
+
+
 def _write_one(store: S3Store, receipt: Receipt, signer: Signer, lock: Lock | None) -> Anchor:
     """The receipt first: a head must never name what is not there."""
     key, body = key_of(receipt), signed(receipt).encode()
     store.put_once(key, body, lock=lock)
-    found = store.get(key)
+    found = _get(store, key)
     if found.body != body:
         raise _tampered(key)
     head = head_key(receipt.seq)
     store.put_once(head, head_of(receipt, signer).encode(), lock=lock)
     # A worker with an earlier signing key may have written it: its word is as good, and `verify` judges it.
-    if not says(store.get(head).body, receipt):
+    there = _get(store, head).body
+    if not says(there, receipt) or not _holds(Signed.decode(there), signer):
         raise _tampered(head)
     return Anchor(seq=receipt.seq, key=key, locked_until=found.locked_until)
+
+
+def _get(store: S3Store, key: str) -> Stored:
+    try:
+        return store.get(key)
+    except TooLarge:
+        raise _tampered(key) from None
+
+
+def _holds(head: Signed, signer: Signer) -> bool:
+    """Whether a head has its hash, and a signature that fits where it says that this is the key."""
+    keys = audit.by_fingerprint(signer.trusted)
+    fits = head.signer not in keys or not audit.signature_flaws(head.hash, head.signer, head.signature, keys)
+    return fits and sha256(head.body) == head.hash
 
 
 def says(head: bytes, receipt: Receipt) -> bool:
@@ -181,29 +208,45 @@ def _tampered(key: str) -> AnchorTampered:
     )
 
 
-def _receipts(engine: sa.Engine, settings: Settings, *, every: bool) -> Iterator[Receipt]:
+def _receipts(engine: sa.Engine, settings: Settings, *, every: bool) -> Iterator[tuple[Receipt, str | None]]:
+    """Receipts in their order, each with the hash of the one before it; None where that is missing."""
+    before = RECEIPTS.alias("before")
+    what = sa.select(RECEIPTS, before.c.hash.label("before"))
+    what = what.join(before, before.c.seq == RECEIPTS.c.seq - 1, isouter=True).order_by(RECEIPTS.c.seq).limit(_SLICE)
+    if not every:
+        what = what.where(_pending())
     after = 0
     while True:
-        query = sa.select(RECEIPTS).where(RECEIPTS.c.seq > after).order_by(RECEIPTS.c.seq).limit(_SLICE)
-        if not every:
-            query = query.where(_pending())
         with _transaction(engine, settings) as connection:
-            rows = [Receipt(**row._asdict()) for row in connection.execute(query)]
-        yield from rows
+            rows = [row._asdict() for row in connection.execute(what.where(RECEIPTS.c.seq > after))]
+        for row in rows:
+            hash_before = row.pop("before")
+            yield Receipt(**row), audit.GENESIS if row["seq"] == 1 else hash_before
         if len(rows) < _SLICE:
             return
-        after = rows[-1].seq
+        after = rows[-1]["seq"]
+
+
+def _now(engine: sa.Engine, settings: Settings) -> datetime:
+    """The database's clock: a worker's own may be wrong."""
+    with _transaction(engine, settings) as connection:
+        found: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+        return found
 
 
 def _pending() -> sa.ColumnElement[bool]:
-    return ~sa.exists().where(ANCHORS.c.seq == RECEIPTS.c.seq)
+    return ~sa.exists().where(ANCHORS.c.seq == RECEIPTS.c.seq, ANCHORS.c.key == KEY)
 
 
 def _record(engine: sa.Engine, settings: Settings, anchor: Anchor) -> None:
+    """Note that a receipt is in the bucket, and until when it is locked there now: the bucket may be another."""
     # In REPEATABLE READ the row of another worker who wrote the same would be an error.
     relaxed = engine.execution_options(isolation_level="READ COMMITTED")
+    row = sa.and_(ANCHORS.c.seq == anchor.seq, ANCHORS.c.key == anchor.key)
     with _transaction(relaxed, settings) as connection:
         connection.execute(insert(ANCHORS).values(vars(anchor)).on_conflict_do_nothing())
+        if connection.scalar(sa.select(ANCHORS.c.locked_until).where(row)) != anchor.locked_until:
+            connection.execute(sa.update(ANCHORS).where(row).values(locked_until=anchor.locked_until))
 
 
 def _transaction(engine: sa.Engine, settings: Settings) -> db.Transaction:
@@ -212,7 +255,8 @@ def _transaction(engine: sa.Engine, settings: Settings) -> db.Transaction:
 
 def of(connection: sa.Connection, seqs: Collection[int]) -> dict[int, Anchor]:
     """The anchors of those of these receipts that have one."""
-    rows = connection.execute(sa.select(ANCHORS).where(ANCHORS.c.seq.in_(seqs)))
+    own = sa.and_(RECEIPTS.c.seq == ANCHORS.c.seq, ANCHORS.c.key == KEY)
+    rows = connection.execute(sa.select(ANCHORS).join(RECEIPTS, own).where(ANCHORS.c.seq.in_(seqs)))
     return {row.seq: Anchor(**row._asdict()) for row in rows}
 
 

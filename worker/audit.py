@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,10 +24,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from worker import canonical
 from worker.errors import Refused, SettingsError
-from worker.ledger import RUNS, SCHEMA
-from worker.states import SETTLED
+from worker.ledger import SCHEMA
+from worker.logs import log
 
 GENESIS = "0" * 64
+_SIGNATURE = re.compile("[0-9a-f]{128}")
+_PUBLIC = re.compile(b"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
 
 _meta = sa.MetaData(schema=SCHEMA)
 RECEIPTS = sa.Table(
@@ -35,7 +38,14 @@ RECEIPTS = sa.Table(
     sa.Column("seq", sa.BigInteger),
     sa.Column("run_id", sa.Uuid),
     *(sa.Column(name, sa.Text) for name in ("body", "hash", "signer", "signature")),
-    sa.Column("at", sa.DateTime(timezone=True)),
+)
+# Which receipts are in the bucket too; see anchors.py. A row that outlives its receipt tells that one was removed.
+ANCHORS = sa.Table(
+    "anchors",
+    _meta,
+    sa.Column("seq", sa.BigInteger),
+    sa.Column("key", sa.Text),
+    sa.Column("locked_until", sa.DateTime(timezone=True)),
 )
 CHAIN = sa.Table("chain", _meta, sa.Column("seq", sa.BigInteger), sa.Column("hash", sa.Text))
 
@@ -50,16 +60,15 @@ class Receipt:
     hash: str
     signer: str
     signature: str
-    at: datetime
 
     def to_json(self) -> dict[str, Any]:
         """All of it as one object. Refused when somebody has made the body something else."""
         try:
             body = json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
-        if not isinstance(body, dict):
-            raise Refused(f"receipt {self.seq} is not what was signed: its body is no JSON object; `receipts verify`")
+        if not isinstance(body, dict) or body.get("seq") != self.seq:
+            raise Refused(f"receipt {self.seq} is not what was signed; see `receipts verify`")
         return {**body, "hash": self.hash, "signature": self.signature}
 
 
@@ -75,27 +84,34 @@ class Flaw:
 
 
 class Signer:
-    """The deployment's signing key. Its fingerprint names it in receipts; the key itself goes nowhere."""
+    """The deployment's signing key. Its fingerprint names it in receipts; the key itself goes nowhere.
 
-    def __init__(self, key: Ed25519PrivateKey) -> None:
+    `trusted` is its public key and those of the keys before it, as far as the file has them.
+    """
+
+    def __init__(self, key: Ed25519PrivateKey, *, earlier: Sequence[Ed25519PublicKey] = ()) -> None:
         self._key = key
         self.public = key.public_key()
         self.fingerprint = fingerprint(self.public)
+        self.trusted = (self.public, *earlier)
 
     @classmethod
     def load(cls, path: Path) -> Signer:
-        """The key in a PKCS#8 PEM file. Raises SettingsError when it is not such a file."""
+        """The key in a PKCS#8 PEM file, and public keys beside it. Raises SettingsError for any other file."""
         try:
-            key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+            pem = path.read_bytes()
+            key = serialization.load_pem_private_key(pem, password=None)
+            earlier = [serialization.load_pem_public_key(one) for one in _PUBLIC.findall(pem)]
         except OSError as error:
             raise SettingsError(f"PAPERCLIP_WORKER_SIGNING_KEY_FILE cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise SettingsError(
                 "PAPERCLIP_WORKER_SIGNING_KEY_FILE is not an Ed25519 key in PKCS#8 PEM; `keygen` makes one"
             ) from error
-        if not isinstance(key, Ed25519PrivateKey):
+        public = [one for one in earlier if isinstance(one, Ed25519PublicKey)]
+        if not isinstance(key, Ed25519PrivateKey) or len(public) < len(earlier):
             raise SettingsError("PAPERCLIP_WORKER_SIGNING_KEY_FILE holds a key that is not Ed25519")
-        return cls(key)
+        return cls(key, earlier=public)
 
     def sign(self, digest: str) -> str:
         """Signature (hex) of a hash given in hex."""
@@ -150,12 +166,18 @@ def fingerprint(key: Ed25519PublicKey) -> str:
     return hashlib.sha256(raw).hexdigest()[:16]
 
 
+def by_fingerprint(keys: Iterable[Ed25519PublicKey]) -> dict[str, Ed25519PublicKey]:
+    """Keys as receipts name them."""
+    return {fingerprint(key): key for key in keys}
+
+
 def append(connection: sa.Connection, signer: Signer, run: UUID, facts: Mapping[str, Any]) -> Receipt:
     """Add a receipt to the chain, in the transaction of what it attests.
 
-    The lock on the chain's one row puts receipts of concurrent runs in one order.
+    It takes no number that a receipt ever had, as far as the database knows: of one that was cut off the end the
+    number stays missing, which `verify` tells. The run must end all the same: it keeps others from its table.
     """
-    seq, previous = connection.execute(sa.select(CHAIN.c.seq, CHAIN.c.hash).with_for_update()).one()
+    seq, previous = _end(connection, signer)
     body = canonical.encode(
         {"v": 1, "seq": seq + 1, "prev": previous, "run": str(run), "signer": signer.fingerprint, **facts}
     ).decode()
@@ -171,6 +193,26 @@ def append(connection: sa.Connection, signer: Signer, run: UUID, facts: Mapping[
     row = connection.execute(sa.insert(RECEIPTS).values(values).returning(RECEIPTS)).one()
     connection.execute(sa.update(CHAIN).values(seq=seq + 1, hash=digest))
     return Receipt(**row._asdict())
+
+
+def _end(connection: sa.Connection, signer: Signer) -> tuple[int, str]:
+    """The last number that is taken, and the hash to follow.
+
+    The lock on the chain's one row puts receipts of concurrent runs in one order. Where that row and the newest
+    receipt differ, what is signed counts.
+    """
+    chain = connection.execute(sa.select(CHAIN.c.seq, CHAIN.c.hash).with_for_update()).one_or_none()
+    said = (chain.seq, chain.hash) if chain else (0, GENESIS)
+    newest = recent(connection, limit=1)
+    found = (newest[0].seq, newest[0].hash) if newest else (0, GENESIS)
+    anchored = connection.scalar(sa.select(sa.func.max(ANCHORS.c.seq))) or 0
+    if found == said and anchored <= said[0]:
+        return said
+    log.error("chain of receipts was changed", chain=said[0], receipts=found[0], anchors=anchored)
+    if found[0] == said[0] and flaws_of(newest[0], None, by_fingerprint(signer.trusted)):
+        found = said
+    seq, digest = max(found, said, key=lambda one: one[0])
+    return max(seq, anchored), digest
 
 
 def recent(connection: sa.Connection, *, limit: int, run: UUID | None = None) -> list[Receipt]:
@@ -189,44 +231,39 @@ def get(connection: sa.Connection, seq: int) -> Receipt:
     return Receipt(**row._asdict())
 
 
-def verify(connection: sa.Connection, trusted: Sequence[Ed25519PublicKey]) -> tuple[int, list[Flaw]]:
-    """How many receipts there are, and everything wrong with their chain.
-
-    Checked beyond the chain itself: its recorded head, and that every settled run has a receipt, so that a
-    receipt cut off the end is missed too.
-    """
-    rows = connection.execution_options(stream_results=True).execute(sa.select(RECEIPTS).order_by(RECEIPTS.c.seq))
-    count, last, flaws = verify_chain((Receipt(**row._asdict()) for row in rows), trusted)
-    head = connection.execute(sa.select(CHAIN.c.seq, CHAIN.c.hash)).one_or_none()
-    if head is None or head.seq != last[0]:
-        flaws.append(Flaw(seq=last[0], what="the chain does not end where its head says"))
-    elif head.hash != last[1]:
-        flaws.append(Flaw(seq=last[0], what="the last receipt is not the one the head names"))
-    has_one = sa.exists().where(RECEIPTS.c.run_id == RUNS.c.id)
-    without = sa.select(RUNS.c.id).where(RUNS.c.state.in_(SETTLED), ~has_one)
-    flaws += [
-        Flaw(seq=last[0], what=f"run {run} is settled and has no receipt") for run in connection.scalars(without)
-    ]
-    return count, flaws
+def tells_end(body: str, state: str, settled_at: datetime | None) -> bool:
+    """Whether a receipt's body says that its run ended in this state at this moment."""
+    try:
+        facts = json.loads(body)
+        return bool(facts["state"] == state and datetime.fromisoformat(facts["settled_at"]) == settled_at)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def verify_chain(
     receipts: Iterable[Receipt], trusted: Sequence[Ed25519PublicKey]
 ) -> tuple[int, tuple[int, str], list[Flaw]]:
     """Count, last (seq, hash) and flaws of receipts in order of seq. Needs no database."""
-    keys = {fingerprint(key): key for key in trusted}
+    keys = by_fingerprint(trusted)
     flaws: list[Flaw] = []
     count, last = 0, (0, GENESIS)
     for receipt in receipts:
         count += 1
         if receipt.seq != last[0] + 1:
             flaws.append(Flaw(seq=receipt.seq, what=f"receipt {last[0] + 1} is missing"))
-        flaws += [Flaw(seq=receipt.seq, what=what) for what in _flaws_of(receipt, last, keys)]
+        before = last[1] if receipt.seq == last[0] + 1 else None
+        flaws += [Flaw(seq=receipt.seq, what=what) for what in flaws_of(receipt, before, keys)]
         last = (receipt.seq, receipt.hash)
     return count, last, flaws
 
 
-def _flaws_of(receipt: Receipt, before: tuple[int, str], keys: Mapping[str, Ed25519PublicKey]) -> list[str]:
+def flaws_of(
+    receipt: Receipt, before: str | None, keys: Mapping[str, Ed25519PublicKey], *, strangers: bool = False
+) -> list[str]:
+    """What is wrong with a receipt, given the hash of the one before it (None: not known) and keys by fingerprint.
+
+    With `strangers` a key that is not among them is no flaw: what it signed cannot be judged by its signature.
+    """
     found = []
     if hashlib.sha256(receipt.body.encode()).hexdigest() != receipt.hash:
         found.append("the body was changed: it does not have its hash")
@@ -238,9 +275,11 @@ def _flaws_of(receipt: Receipt, before: tuple[int, str], keys: Mapping[str, Ed25
         return [*found, "the body is not a JSON object"]
     if body.get("seq") != receipt.seq or body.get("run") != str(receipt.run_id):
         found.append("the body belongs to another place in the chain")
-    if receipt.seq == before[0] + 1 and body.get("prev") != before[1]:
+    if before is not None and body.get("prev") != before:
         found.append("it does not follow the receipt before it")
-    return [*found, *signature_flaws(receipt.hash, receipt.signer, receipt.signature, keys)]
+    if receipt.signer in keys or not strangers:
+        found += signature_flaws(receipt.hash, receipt.signer, receipt.signature, keys)
+    return found if body.get("signer") == receipt.signer else [*found, "the body names another signer"]
 
 
 def signature_flaws(digest: str, signer: str, signature: str, keys: Mapping[str, Ed25519PublicKey]) -> list[str]:
@@ -252,4 +291,5 @@ def signature_flaws(digest: str, signer: str, signature: str, keys: Mapping[str,
         key.verify(bytes.fromhex(signature), bytes.fromhex(digest))
     except (InvalidSignature, ValueError):
         return ["the signature does not fit"]
-    return []
+    # `fromhex` takes capitals and blanks too, and so would let one signature be many texts.
+    return [] if _SIGNATURE.fullmatch(signature) else ["the signature does not fit as it is written"]

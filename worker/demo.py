@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from tasks.prune_logs import PruneLogs
-from worker import app, archive, audit, config, ledger, ledger_shards
+from worker import app, archive, audit, books, config, ledger, ledger_shards
 from worker.errors import WorkerError
 from worker.layouts import demo_schema
 from worker.operations import Operations
@@ -95,5 +95,5 @@ class Demo:
     def verify(self) -> tuple[int, list[str]]:
         """How many receipts there are, and what is wrong with their chain."""
         with self.operations.transaction(scan=True, read_only=True) as connection:
-            count, flaws = audit.verify(connection, [self.signer.public])
+            count, flaws = books.verify(connection, [self.signer.public])
         return count, [one.what for one in flaws]

@@ -184,8 +184,7 @@ class Restore:
 
     def _require_manifest(self, store: Store, objects: list[ArchivedObject]) -> None:
         """The signed receipt names the manifest by its digest, and that the objects; a failed run may have none."""
-        receipts = audit.recent(self._connection, limit=1, run=self._run.id)
-        evidence = receipts[0].to_json()["evidence"].get("archive", {}) if receipts else {}
+        evidence = self._receipt()["evidence"].get("archive", {})
         if "manifest" not in evidence:
             return
         body = archive.read_manifest(store, evidence["manifest"], evidence["sha256"])
@@ -193,6 +192,25 @@ class Restore:
         for one in objects:
             if known.get(one.key) != (one.sha256, one.rows):
                 raise ArchiveTampered(f"archive object {one.key} is not the one that the manifest names")
+
+    def _receipt(self) -> dict[str, Any]:
+        """What was signed at the run's end. ArchiveTampered when it is gone, changed, or signed by a stranger."""
+        run, path = self._run, self._means.settings.signing_key_file
+        # Whoever only plans need not have the key; a run is refused without.
+        keys = audit.by_fingerprint(audit.Signer.load(path).trusted) if path else {}
+        found = audit.recent(self._connection, limit=1, run=run.id)
+        if not found or not audit.tells_end(found[0].body, run.state, run.settled_at):
+            raise ArchiveTampered(f"run {run.id} has no receipt of how it ended; see `receipts verify`")
+        (receipt,) = found
+        if flaws := audit.flaws_of(receipt, None, keys, strangers=path is None):
+            known = receipt.signer in keys
+            hint = (
+                "" if known else "; if it is of an earlier key of yours, put its public key into the file of the new"
+            )
+            raise ArchiveTampered(
+                f"receipt {receipt.seq} of run {run.id} does not prove the archive: {flaws[0]}{hint}"
+            )
+        return receipt.to_json()
 
     def _require_columns(self, objects: Iterable[ArchivedObject]) -> None:
         """The table may have got and lost columns since, also between two bites."""

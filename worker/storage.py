@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from worker.config import Settings
 
 CHUNK = 1 << 20
+# No receipt is near this; an object that is would only be there to fill our memory.
+LARGEST = 16 << 20
 # Up to this size one PUT carries its own checksum; beyond it parts do.
 _ONE_PUT = 32 << 20
 _FINAL = frozenset({"AccessDenied", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "404"})
@@ -200,10 +202,13 @@ class S3Store:
                     raise
 
     def get(self, key: str, *, version: str | None = None) -> Stored:
-        """A small object whole; one of its versions, or the newest. Raises Missing when it is not there."""
+        """A small object whole; one of its versions, or the newest. Raises Missing or TooLarge."""
         which = {"VersionId": version} if version else {}
         with _translated(self._bucket):
             answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **which)  # type: ignore[arg-type]
+            if answer["ContentLength"] > LARGEST:
+                answer["Body"].close()
+                raise TooLarge(f"bucket {self._bucket}: {key} is larger than a receipt can be")
             until = answer.get("ObjectLockRetainUntilDate")
             return Stored(body=answer["Body"].read(), locked_until=until.astimezone(UTC) if until else None)
 
@@ -262,6 +267,10 @@ class S3Store:
 
 class Missing(StorageFault):
     """The object is not in the store."""
+
+
+class TooLarge(StorageFault):
+    """The object is none of the small ones that are read whole."""
 
 
 def read_digest(store: Store, key: str) -> str | None:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from worker import anchors, audit
 from worker.anchors import HEADS, PREFIX, Signed
 from worker.audit import Flaw, Receipt
-from worker.storage import Missing
+from worker.storage import LARGEST, Missing, TooLarge
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 # Objects are read at the same time, and so many are read ahead.
 _READERS = 8
 _AHEAD = 32
-# No receipt is near this; an object that is would only be there to fill our memory.
-_LARGEST = 16 << 20
+# Seconds between a worker's receipt and its head are fewer.
+MOMENT = 1.0
 _RECEIPT = re.compile(r"receipts/([0-9]{12})-([0-9a-f]{16})\.json")
 _HEAD = re.compile(r"receipts/heads/([0-9]{12})\.json")
 
@@ -49,7 +50,7 @@ class Testimony:
 
     @property
     def locked(self) -> bool:
-        """Whether the store confirms a retention for every object."""
+        """Whether the store confirms a retention for every object that has not ended."""
         return self.locked_until is not None and not self.unlocked
 
     def to_json(self) -> dict[str, Any]:
@@ -64,12 +65,11 @@ class Testimony:
 
 @dataclass(frozen=True, kw_only=True)
 class _Object:
-    """An object whose name is right: the number in it, the bytes first written, and when."""
+    """An object whose name is right: the number in it, and the bytes first written."""
 
     seq: int
     key: str
     body: bytes
-    at: datetime
 
 
 class _Reader:
@@ -77,8 +77,10 @@ class _Reader:
 
     def __init__(self, store: S3Store, trusted: Sequence[Ed25519PublicKey], found: Testimony) -> None:
         self._store = store
-        self._keys = {audit.fingerprint(key): key for key in trusted}
+        self._keys = audit.by_fingerprint(trusted)
         self._found = found
+        # To be looked at once more, at the end.
+        self._headless: list[Receipt] = []
 
     def _flaw(self, seq: int, what: str) -> None:
         self._found.flaws.append(Flaw(seq=seq, what=what))
@@ -102,9 +104,7 @@ class _Reader:
                 self._flaw(head.seq, f"{head.key} is there and its receipt is not")
                 head = next(heads, None)
             if head is None or head.seq > item.seq:
-                self._flaw(
-                    item.seq, "its head is missing: removed, or anchoring was cut short (look again in a minute)"
-                )
+                self._look_for_head(receipt)
             else:
                 self._check_head(head, receipt)
                 head = next(heads, None)
@@ -112,6 +112,23 @@ class _Reader:
         while head is not None:
             self._flaw(head.seq, f"{head.key} is there and its receipt is not")
             head = next(heads, None)
+        if self._headless:
+            time.sleep(MOMENT)
+        for receipt in self._headless:
+            self._look_for_head(receipt, last=True)
+
+    def _look_for_head(self, receipt: Receipt, *, last: bool = False) -> None:
+        """Judge a head that was written since the heads were listed. A worker may be just about to."""
+        key = anchors.head_key(receipt.seq)
+        history = next((one for one in self._store.history(key) if one.key == key), None)
+        stored = self._read(history) if history and not history.deleted else None
+        if history and stored and (body := self._judge(receipt.seq, history, stored)) is not None:
+            self._check_head(_Object(seq=receipt.seq, key=key, body=body), receipt)
+        elif last or len(self._headless) >= _AHEAD:
+            what = "its head is missing: removed, or anchoring was cut short (look again in a minute)"
+            self._flaw(receipt.seq, what)
+        else:
+            self._headless.append(receipt)
 
     def _receipt(self, item: _Object) -> Receipt | None:
         try:
@@ -126,7 +143,6 @@ class _Reader:
             hash=signed.hash,
             signer=signed.signer,
             signature=signed.signature,
-            at=item.at,
         )
         if anchors.key_of(receipt) != item.key:
             self._flaw(item.seq, f"{item.key} holds a receipt of another name: renamed, or swapped")
@@ -174,18 +190,18 @@ class _Reader:
             last = int(name[1])
             body = self._judge(last, history, stored)
             if body is not None:
-                yield _Object(seq=last, key=history.key, body=body, at=history.versions[0].at)
+                yield _Object(seq=last, key=history.key, body=body)
 
     def _read(self, history: History) -> list[Stored] | None:
         """Every version, the oldest first; None when one is gone since it was listed, or too large."""
-        if any(version.size > _LARGEST for version in history.versions):
+        if any(version.size > LARGEST for version in history.versions):
             return None
         plain = len(history.versions) == 1 and not history.deleted
         try:
             return [
                 self._store.get(history.key, version=None if plain else version.id) for version in history.versions
             ]
-        except Missing:
+        except (Missing, TooLarge):
             return None
 
     def _judge(self, seq: int, history: History, stored: list[Stored] | None) -> bytes | None:
@@ -199,7 +215,7 @@ class _Reader:
         if any(one.body != stored[0].body for one in stored):
             self._flaw(seq, f"{history.key} was written again with other bytes")
         until = stored[0].locked_until
-        if until is None:
+        if until is None or until <= datetime.now(UTC):
             self._found.unlocked += 1
         elif self._found.locked_until is None or until < self._found.locked_until:
             self._found.locked_until = until
@@ -220,12 +236,15 @@ class Comparison:
     def __init__(self, books: Iterator[tuple[Receipt, str | None]]) -> None:
         self._books = books
         self.flaws: list[Flaw] = []
+        # Whether the database has no receipt at all.
+        self.empty = False
         # Beyond the end of the database as it was when the reading began.
         self.beyond: dict[int, str] = {}
 
     def through(self, receipts: Iterable[Receipt]) -> Iterator[Receipt]:
         """Pass the bucket's receipts on and note where the database has others."""
         own = next(self._books, None)
+        self.empty = own is None
         for receipt in receipts:
             while own is not None and own[0].seq < receipt.seq:
                 self._only_here(*own)
@@ -235,18 +254,16 @@ class Comparison:
             elif own[0].seq > receipt.seq:
                 self._flaw(receipt.seq, f"the database lacks receipt {receipt.seq}, which the bucket has")
             else:
-                self._hold_beside(receipt, *own)
+                self._hold_beside(receipt, own[0])
                 own = next(self._books, None)
             yield receipt
         while own is not None:
             self._only_here(*own)
             own = next(self._books, None)
 
-    def _hold_beside(self, receipt: Receipt, own: Receipt, key: str | None) -> None:
+    def _hold_beside(self, receipt: Receipt, own: Receipt) -> None:
         if anchors.signed(own) != anchors.signed(receipt):
             self._flaw(receipt.seq, f"the database has another receipt {receipt.seq} than the bucket")
-        elif key not in {None, anchors.key_of(receipt)}:
-            self._flaw(receipt.seq, f"the database says that it is in the bucket as {key}")
 
     def _only_here(self, receipt: Receipt, key: str | None) -> None:
         if key is not None:
@@ -265,7 +282,7 @@ class Comparison:
 def verify(store: S3Store, trusted: Sequence[Ed25519PublicKey], *, beside: Comparison | None = None) -> Testimony:
     """Judge the chain in the bucket, and hold it beside the database's where that is given.
 
-    No receipt at all is a flaw: found nothing is suspicious.
+    No receipt at all is a flaw unless the database has none either: found nothing is suspicious.
     """
     found = Testimony()
     with ThreadPoolExecutor(_READERS) as pool:
@@ -273,7 +290,7 @@ def verify(store: S3Store, trusted: Sequence[Ed25519PublicKey], *, beside: Compa
         chain = beside.through(receipts) if beside else receipts
         found.receipts, found.head, flaws = audit.verify_chain(chain, trusted)
     found.flaws += flaws
-    if not found.receipts and not found.flaws:
+    if not found.receipts and not found.flaws and not (beside and beside.empty):
         found.flaws.append(Flaw(seq=0, what="there is no receipt: another prefix, or all of them are gone"))
     found.flaws.sort(key=lambda flaw: flaw.seq)
     return found

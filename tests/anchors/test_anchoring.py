@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,18 +19,19 @@ from botocore.exceptions import ClientError
 
 from tests.anchors.conftest import LOCKED, on
 from tests.anchors.test_witness import rewritten
-from tests.cli.helpers import INLINE, check_refusal, complete, keys, start
+from tests.cli.helpers import INLINE, begin, check_refusal, complete, keys, start
 from tests.conftest import Deployment
 from tests.faults import doomed, evidence
 from tests.faults.doomed import work_and_die
 from tests.faults.evidence import check_anchored
 from tests.faults.proxy import Fault, Proxy, proxy
-from worker import anchors, app, audit, config, embedded, storage, timetable, witness
+from worker import anchors, app, audit, canonical, config, embedded, storage, timetable, witness
 from worker.anchors import Signed
 from worker.app import Site
 from worker.errors import AnchorTampered, Refused, StorageFault
 from worker.metrics import LedgerCollector
 from worker.operations import Operations
+from worker.storage import TooLarge
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -104,6 +106,12 @@ def test_a_new_bucket_gets_every_receipt_once_asked(released: Deployment, locked
     assert moved.json("receipts", "anchor")["anchored"] == 0
     assert moved.json("receipts", "anchor", "--all")["anchored"] == 2
     assert moved.json("receipts", "verify", "--anchors")["bucket"]["locked"] is True
+    # What operators are shown is of the bucket it was last written to.
+    for now, locked in ((moved, True), (released, False)):
+        now.cli("receipts", "anchor", "--all")
+        anchor = now.json("runs", "show", "last")["anchor"]
+        assert (anchor["locked_until"] is not None) is locked
+        assert now.json("receipts", "list")["receipts"][0]["anchor"] == anchor
 
 
 # -- Object Lock --------------------------------------------------------------------------------------
@@ -120,6 +128,7 @@ def test_object_lock_keeps_a_receipt_from_deletion(locked: Deployment, client: S
     assert deployment.cli("receipts", "anchor").stdout.endswith(", locked\n")
     found = deployment.json("receipts", "verify", "--from-s3")
     assert (found["locked"], found["locked_until"]) == (True, result["anchor"]["locked_until"])
+    assert f"locked until {found['locked_until']}; head 1" in deployment.cli("receipts", "verify", "--from-s3").stdout
     prefix = deployment.environment["PAPERCLIP_WORKER_S3_PREFIX"]
     for key in (result["anchor"]["key"], anchors.head_key(1)):
         where: dict[str, Any] = {"Bucket": LOCKED, "Key": prefix + key}
@@ -294,6 +303,68 @@ def test_a_name_that_is_taken_is_told_and_keeps_no_other_out(released: Deploymen
     check_refusal(released.cli("receipts", "verify", "--from-s3", ok=False), says="does not name this", status=1)
 
 
+_CHANGES = {
+    "the body was changed": f"body = replace(body, 'tester', 'nobody'), signature = '{'00' * 64}'",
+    "the body is not JSON": "body = repeat('[', 9999), hash = encode(sha256(repeat('[', 9999)::bytea), 'hex')",
+    "the body is not a JSON object": "body = '[]', hash = encode(sha256('[]'), 'hex')",
+    "the body belongs to another place": "body = '{}', hash = encode(sha256('{}'), 'hex')",
+    "the signature does not fit": f"signature = '{'00' * 64}'",
+    "the signature does not fit ": "signature = upper(signature) || ' '",
+    "the body names another signer": "signer = repeat('0', 16)",
+}
+
+
+def test_a_pending_receipt_that_was_changed_is_not_written(released: Deployment) -> None:
+    """Under its name, which nobody gets twice, only what was signed may be; what is whole is written all the same."""
+    complete(on(released, s3_bucket=""), archive=False)
+    ((body, digest, signer, signature),) = released.query(f"SELECT body, hash, signer, signature FROM {_RECEIPTS}")
+    back = f"UPDATE {_RECEIPTS} SET body = %s, hash = %s, signer = %s, signature = %s WHERE seq = 1"
+    for says, change in _CHANGES.items():
+        released.query(f"UPDATE {_RECEIPTS} SET {change}")
+        with pytest.raises(AnchorTampered, match=f"receipt 1 is not what was signed: {says.strip()}"):
+            released.operations.anchor()
+        released.query(back, body, digest, signer, signature)
+    # Made whole in itself by somebody, of a key that nobody knows here: then it must at least follow the one before.
+    stranger = canonical.encode(json.loads(body) | {"signer": "0" * 16, "prev": "1" * 64}).decode()
+    released.query(back, stranger, anchors.sha256(stranger), "0" * 16, signature)
+    told = released.cli("receipts", "anchor", ok=False)
+    check_refusal(told, says="receipt 1 is not what was signed: it does not follow the receipt before it", status=1)
+    assert _in_bucket(released) == []
+    complete(released, archive=False)
+    assert (_pending(released), len(_in_bucket(released))) == (1, 2)
+    released.query(back, body, digest, signer, signature)
+    check_anchored(released)
+
+
+@pytest.mark.parametrize("values", [{"hash": "0" * 64}, {"signature": "00" * 64}], ids=["hash", "signature"])
+def test_a_head_that_nobody_signed_is_not_taken_for_ours(
+    released: Deployment, signing_key: Path, values: dict[str, str]
+) -> None:
+    complete(on(released, s3_bucket=""), archive=False)
+    store = released.operations.store
+    assert store is not None
+    with released.operations.transaction(read_only=True) as connection:
+        head = anchors.head_of(audit.get(connection, 1), audit.Signer.load(signing_key))
+    store.put_once(anchors.head_key(1), replace(head, **values).encode(), lock=None)
+    check_refusal(released.cli("receipts", "anchor", ok=False), says="heads/0+1.json: .*something else", status=1)
+    assert _pending(released) == 1
+
+
+@pytest.mark.parametrize(
+    "key", ["receipts/heads/{0:012d}.json", "receipts/{0:012d}-{1}.json"], ids=["head", "receipt"]
+)
+def test_what_is_too_large_for_a_receipt_is_not_read(released: Deployment, key: str) -> None:
+    complete(on(released, s3_bucket=""), archive=False)
+    store = released.operations.store
+    assert store is not None
+    ((start,),) = released.query(f"SELECT left(hash, 16) FROM {_RECEIPTS}")
+    store.put_once(key.format(1, start), b" " * (17 << 20), lock=None)
+    with pytest.raises(TooLarge, match="larger than a receipt"):
+        store.get(key.format(1, start))
+    with pytest.raises(AnchorTampered, match="the bucket holds something else under this name"):
+        released.operations.anchor()
+
+
 def test_a_head_by_an_earlier_key_is_as_good(released: Deployment, tmp_path: Path, signing_key: Path) -> None:
     """The key changed between the writing of a head and the note of it; an auditor has both public keys."""
     complete(on(released, s3_bucket=""), archive=False)
@@ -431,3 +502,168 @@ def test_a_receipt_settled_while_the_bucket_is_read_is_no_flaw(
     with four.operations.transaction(read_only=True) as connection:
         comparison.catch_up(anchors.hashes(connection, comparison.beyond))
     assert comparison.flaws == []
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["its head too", "its head a moment later"])
+def test_a_receipt_that_comes_after_the_heads_were_listed_is_no_flaw(
+    four: Deployment, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    history, put_once = storage.S3Store.history, storage.S3Store.put_once
+    settle = iter([lambda: complete(four, archive=False)])
+    held: list[Callable[[], None]] = []
+
+    def settle_after_the_heads(self: storage.S3Store, prefix: str) -> Iterator[storage.History]:
+        if prefix == anchors.PREFIX:
+            next(settle, lambda: None)()
+        yield from history(self, prefix)
+        while prefix == anchors.head_key(5) and held:
+            held.pop()()
+
+    def hold(self: storage.S3Store, key: str, body: bytes, *, lock: storage.Lock | None) -> None:
+        if late and key == anchors.head_key(5):
+            held.append(lambda: put_once(self, key, body, lock=lock))
+        else:
+            put_once(self, key, body, lock=lock)
+
+    monkeypatch.setattr(storage.S3Store, "history", settle_after_the_heads)
+    monkeypatch.setattr(storage.S3Store, "put_once", hold)
+    monkeypatch.setattr("worker.witness.MOMENT", 0)
+    found = _verify(four)
+    assert (found.receipts, found.heads, found.flaws) == (5, 5, [])
+
+
+def test_retention_that_has_ended_keeps_nothing(locked: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete(locked, archive=False)
+    assert _verify(locked).locked
+    get = storage.S3Store.get
+
+    def old(self: storage.S3Store, key: str, *, version: str | None = None) -> storage.Stored:
+        return replace(get(self, key, version=version), locked_until=datetime.now(UTC) - timedelta(seconds=1))
+
+    monkeypatch.setattr(storage.S3Store, "get", old)
+    found = _verify(locked)
+    assert (found.flaws, found.locked, found.to_json()["locked_until"]) == ([], False, None)
+
+
+def test_nothing_on_both_sides_is_no_flaw_and_what_is_pending_is_said(released: Deployment) -> None:
+    assert (
+        released.cli("receipts", "verify", "--anchors").stdout == "0 receipts, chain intact, and the bucket agrees\n"
+    )
+    told = released.cli("receipts", "verify", "--from-s3", ok=False)
+    check_refusal(told, says="there is no receipt", status=1)
+    complete(released, archive=False)
+    complete(on(released, s3_bucket=""), archive=False)
+    said = "2 receipts, chain intact, 1 not in the bucket yet\n"
+    assert released.cli("receipts", "verify", "--anchors").stdout == said
+
+
+# -- receipts cut off the end ---------------------------------------------------------------------------
+
+
+def _cut(deployment: Deployment, *, run: bool = False, anchor: bool = False) -> None:
+    """Take the last receipt out of the database and set the chain back, as somebody who owns it could."""
+    ((seq, whose),) = deployment.query("SELECT max(seq), (array_agg(run_id ORDER BY seq DESC))[1] FROM " + _RECEIPTS)
+    deployment.query(f"DELETE FROM {_RECEIPTS} WHERE seq = %s", seq)
+    back = f"FROM {_RECEIPTS} AS last WHERE last.seq = %s"
+    deployment.query(f"UPDATE paperclip_worker.chain SET seq = last.seq, hash = last.hash {back}", seq - 1)
+    if anchor:
+        deployment.query("DELETE FROM paperclip_worker.anchors WHERE seq = %s", seq)
+    for table in ("bites", "objects", "shards") * run:
+        deployment.query(f"DELETE FROM paperclip_worker.{table} WHERE run_id = %s", whose)
+    if run:
+        deployment.query("DELETE FROM paperclip_worker.runs WHERE id = %s", whose)
+
+
+_RECEIPTS = "paperclip_worker.receipts"
+
+
+def test_the_last_receipt_of_a_resumed_run_is_missed(released: Deployment) -> None:
+    """It has an earlier one, which says that it was stopped."""
+    run = begin(released)
+    released.cli("runs", "stop", str(run))
+    released.cli("runs", "resume", str(run), "--inline")
+    assert released.cli("receipts", "verify").stdout == "2 receipts, chain intact\n"
+    _cut(released, anchor=True)
+    told = released.cli("receipts", "verify", ok=False)
+    check_refusal(
+        told, says=f"receipt 1: run {run} is settled as kept, and its newest receipt says otherwise", status=1
+    )
+
+
+def test_a_run_that_ended_otherwise_than_its_receipt_says_is_found(released: Deployment) -> None:
+    complete(released, archive=False)
+    for change in ("state = 'unkept'", "settled_at = settled_at + interval '1 us'", "settled_at = 'infinity'"):
+        released.query(f"UPDATE paperclip_worker.runs SET {change}")
+        told = released.cli("receipts", "verify", ok=False)
+        check_refusal(told, says="and its newest receipt says otherwise", status=1)
+
+
+def test_an_anchor_tells_that_its_receipt_is_gone(released: Deployment) -> None:
+    """Also when the run went with it; without the anchor only the bucket knows."""
+    for _ in range(3):
+        complete(released, archive=False)
+    _cut(released, run=True)
+    says = r"receipt 3: the database says that it is in the bucket as receipts/0+3-\S+, and has no such receipt"
+    check_refusal(released.cli("receipts", "verify", ok=False), says=says, status=1)
+    released.query("UPDATE paperclip_worker.anchors SET key = 'receipts/0\x1b.json' WHERE seq = 2")
+    told = released.cli("receipts", "verify", ok=False)
+    check_refusal(
+        told, says=r"receipt 2: .* as receipts/0\\x1b\.json, and has no such receipt \(and 1 more\)", status=1
+    )
+    released.query("DELETE FROM paperclip_worker.anchors")
+    assert released.cli("receipts", "verify").returncode == 0
+    _disagree(released, "the database lacks receipt 3, which the bucket has")
+
+
+def _only_the_chain(deployment: Deployment) -> None:
+    deployment.query(
+        f"UPDATE paperclip_worker.chain SET seq = 1, hash = (SELECT hash FROM {_RECEIPTS} WHERE seq = 1)"
+    )
+
+
+def _no_chain(deployment: Deployment) -> None:
+    deployment.query("DELETE FROM paperclip_worker.chain")
+
+
+def _other_hash(deployment: Deployment) -> None:
+    deployment.query("UPDATE paperclip_worker.chain SET hash = repeat('0', 64)")
+
+
+def _only_the_receipt(deployment: Deployment) -> None:
+    deployment.query(f"DELETE FROM {_RECEIPTS} WHERE seq = 2")
+
+
+@pytest.mark.parametrize(
+    ("cut", "finds"),
+    [
+        (_cut, "receipt 2 is missing"),
+        (lambda one: _cut(one, run=True), "receipt 2 is missing"),
+        (_only_the_receipt, "receipt 2 is missing"),
+        (_only_the_chain, None),
+        (_other_hash, None),
+        (_no_chain, "the chain does not end where its head says"),
+    ],
+    ids=["set back", "with its run", "not set back", "the chain's row alone", "its hash", "no such row"],
+)
+def test_no_receipt_takes_the_place_of_one_that_was_cut_off(
+    released: Deployment, cut: Callable[[Deployment], None], finds: str | None
+) -> None:
+    """Later runs settle and are anchored beyond it, and its number stays missing. A row set back alone is mended."""
+    for _ in range(2):
+        complete(released, archive=False)
+    cut(released)
+    result = complete(released, archive=False)
+    assert result["receipt"]["seq"] == 3
+    assert result["anchor"]["key"].startswith(f"receipts/{3:012d}-")
+    assert len(_in_bucket(released)) == 6
+    done = released.json("receipts", "verify", ok=False)
+    assert finds is None or finds in [one["what"] for one in done["flaws"]]
+    assert done["intact"] is (finds is None)
+    if finds is None:
+        check_anchored(released)
+
+
+def test_an_anchor_of_another_receipt_anchors_nothing(released: Deployment) -> None:
+    complete(released, archive=False)
+    released.query("UPDATE paperclip_worker.anchors SET key = 'receipts/000000000001-0123456789abcdef.json'")
+    assert (_pending(released), released.json("receipts", "list")["receipts"][0]["anchor"]) == (1, None)

@@ -80,6 +80,15 @@ _TAMPERS: dict[str, tuple[Callable[[Chain], object], str]] = {
     "forged": (lambda c: _forge(c, 2), "signature does not fit|does not name this receipt"),
     "changed body": (lambda c: _change_body(c, 2), "receipt 2: the body was changed"),
     "changed signature": (lambda c: _edit(c, _key(c, 2), signature="00" * 64), "receipt 2: the signature"),
+    "a signature spelled otherwise": (
+        lambda c: _edit(c, _key(c, 2), signature=json.loads(c[_key(c, 2)])["signature"].upper() + " "),
+        "receipt 2: the signature",
+    ),
+    "a body with a float": (lambda c: _odd_body(c, 2, '{"settled_at":1.5}'), "receipt 2: "),
+    "a name that writes on": (
+        lambda c: c.update({"receipts/x\n\x1b[31mpaperclip-worker: chain intact": b"x"}),
+        r"receipts/x\\n.*\[31mpaperclip-worker: chain intact is no name of ours",
+    ),
     "no signature": (lambda c: _edit(c, _key(c, 2), signature="none"), "receipt 2: the signature"),
     "other signer": (lambda c: _edit(c, _key(c, 2), signer="0" * 16), "receipt 2: signed by 0+, a key that"),
     "first dropped": (_drop(lambda c: _key(c, 1), lambda _: _head(1)), "receipt 1 is missing"),

@@ -348,6 +348,25 @@ def test_verify_finds_every_way_to_tamper(chain: Deployment, tmp_path: Path) -> 
     assert chain.cli("receipts", "verify").stdout == "3 receipts, chain intact\n"
 
 
+def test_one_receipt_that_was_changed_hides_no_other(chain: Deployment) -> None:
+    """Nor does a time that no clock shows, which is not signed."""
+    ((body,),) = chain.query("SELECT body FROM paperclip_worker.receipts WHERE seq = 2")
+    change = "UPDATE paperclip_worker.receipts SET body = %s WHERE seq = 2"
+    for changed in ("[]", "[" * 100_000, "{}"):
+        chain.query(change, changed)
+        check_refusal(chain.cli("receipts", "show", "2", "--json", ok=False), says="receipt 2 is not what", status=2)
+        done = chain.cli("receipts", "list", "--json", ok=False)
+        assert (done.returncode, [one["seq"] for one in json.loads(done.stdout)["receipts"]]) == (1, [3, 1])
+        assert done.stderr.startswith("paperclip-worker: receipt 2 is not what was signed")
+        assert len(done.stderr.splitlines()) == 1
+        assert len(chain.cli("receipts", "list", ok=False).stdout.splitlines()) == 3
+    chain.query(change, body)
+    for time in ("infinity", "-infinity", "0044-03-15 BC", "20000-01-01"):
+        chain.query("UPDATE paperclip_worker.receipts SET at = %s WHERE seq = 2", time)
+        _broken(chain, "receipt 2: it has a time in the database that none can have")
+        assert len(chain.json("receipts", "list")["receipts"]) == 3
+
+
 def _receipts(chain: Deployment, names: str) -> list[tuple[Any, ...]]:
     return chain.query(f"SELECT {names} FROM paperclip_worker.receipts ORDER BY seq")
 

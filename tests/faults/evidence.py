@@ -15,7 +15,7 @@ import zstandard
 
 from tasks.prune_logs import PruneLogs
 from tests.conftest import Deployment
-from worker import anchors, audit, ledger_shards, witness
+from worker import anchors, audit, books, ledger_shards, witness
 from worker.errors import Transient
 from worker.job import Job
 from worker.operations import Operations
@@ -150,7 +150,7 @@ def _check_receipts(deployment: Deployment, run: UUID, counted: Mapping[str, int
     key = operations.settings.signing_key_file
     assert key is not None
     with operations.transaction(read_only=True) as connection:
-        count, flaws = audit.verify(connection, [audit.Signer.load(key).public])
+        count, flaws = books.verify(connection, [audit.Signer.load(key).public])
     assert count >= 1
     assert flaws == []
     query = "SELECT company_id::text FROM activity_log WHERE action = %s"

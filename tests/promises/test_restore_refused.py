@@ -7,10 +7,12 @@ import io
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from uuid import UUID
 
 import pytest
 import zstandard
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tasks.archive_tasks import ArchiveTasks
 from tasks.prune_logs import PruneLogs
@@ -19,6 +21,7 @@ from tests.cli.helpers import INLINE, keys, refused, world
 from tests.conftest import Deployment
 from tests.faults.evidence import check_manifests
 from tests.promises.archived import complete, content, objects_of, prune, restore, store_of
+from worker import audit
 from worker.errors import Refused, UnderWay
 from worker.params import RunId
 
@@ -68,6 +71,33 @@ def _manifest(deployment: Deployment, key: str) -> str:
     return check_manifests(deployment, UUID(run))[-1]
 
 
+def _all_the_way(deployment: Deployment, key: str) -> None:
+    """Object, ledger, manifest and the receipt's body made to agree: only what was signed tells."""
+    ((old,),) = deployment.query("SELECT sha256 FROM paperclip_worker.objects WHERE key = %s", key)
+    _swap(deployment, key)
+    ((new,),) = deployment.query("SELECT sha256 FROM paperclip_worker.objects WHERE key = %s", key)
+    manifest = _manifest(deployment, key)
+    body = _body(deployment, manifest)
+    named = _write(deployment, manifest, body.replace(old.encode(), new.encode()))
+    change = "UPDATE paperclip_worker.receipts SET body = replace(body, %s, %s)"
+    deployment.query(change, hashlib.sha256(body).hexdigest(), named)
+
+
+def _with_its_hash(deployment: Deployment, key: str) -> None:
+    _all_the_way(deployment, key)
+    deployment.query("UPDATE paperclip_worker.receipts SET hash = encode(sha256(body::bytea), 'hex')")
+
+
+def _signed_by_another(deployment: Deployment, key: str) -> None:
+    _all_the_way(deployment, key)
+    other = audit.Signer(Ed25519PrivateKey.generate())
+    change = "UPDATE paperclip_worker.receipts SET body = replace(body, signer, %s), signer = %s"
+    deployment.query(change, other.fingerprint, other.fingerprint)
+    ((body,),) = deployment.query("SELECT body FROM paperclip_worker.receipts")
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    deployment.query("UPDATE paperclip_worker.receipts SET hash = %s, signature = %s", digest, other.sign(digest))
+
+
 _HARM: dict[str, tuple[Callable[[Deployment, str], object], str]] = {
     "other bytes": (_flip, "archive object .* is missing or has other bytes"),
     "other rows": (
@@ -80,6 +110,16 @@ _HARM: dict[str, tuple[Callable[[Deployment, str], object], str]] = {
     ),
     "gone": (lambda deployment, key: store_of(deployment).delete([key]), "archive object .* is missing"),
     "other rows, the ledger too": (_swap, "archive object .* is not the one that the manifest names"),
+    "all of it, and the receipt": (_all_the_way, "receipt 1 of run .* the body was changed"),
+    "all of it, and the receipt with its hash": (_with_its_hash, "receipt 1 of run .* the signature does not fit"),
+    "all of it, signed by another": (
+        _signed_by_another,
+        "signed by .*, a key that is not trusted; .* its public key",
+    ),
+    "no receipt": (
+        lambda deployment, _: deployment.query("DELETE FROM paperclip_worker.receipts"),
+        "run .* has no receipt of how it ended",
+    ),
     "manifest gone": (
         lambda deployment, key: store_of(deployment).delete([_manifest(deployment, key)]),
         "manifest-[0-9a-f]{16}.json is missing or is not the manifest that the receipt names",
@@ -99,6 +139,21 @@ def test_a_harmed_archive(released: Deployment, harm: str) -> None:
     act, says = _HARM[harm]
     act(released, objects_of(released, run)[-1])
     _demand(released, "--run", str(run), says=says)
+
+
+def test_the_archive_of_an_earlier_signing_key(released: Deployment, signing_key: Path, tmp_path: Path) -> None:
+    """It comes back once the earlier public key is beside the new key; what that signed is trusted to verify, too."""
+    run = prune(released)
+    path = tmp_path / "later.pem"
+    audit.keygen(path)
+    later = {"PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(path)}
+    _demand(released, "--run", str(run), "--yes", says="signed by .*, a key that is not trusted", env=later)
+    assert released.cli("receipts", "verify", ok=False, env=later).returncode == 1
+    with path.open("a") as file:
+        file.write(audit.public_pem(audit.Signer.load(signing_key).public))
+    released.cli("run", "restore-logs", "--run", str(run), "--inline", "--yes", env=later)
+    assert released.cli("receipts", "verify", env=later).stdout == "2 receipts, chain intact\n"
+    assert released.cli("receipts", "verify", "--anchors", env=later).stdout.endswith("the bucket agrees\n")
 
 
 @pytest.mark.parametrize("harm", ["other bytes", "gone"])

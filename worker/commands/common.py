@@ -98,10 +98,10 @@ def print_rows(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Tab-separated lines with a header, for eyes and for cut(1)."""
     click.echo("\t".join(header))
     for row in rows:
-        click.echo("\t".join("-" if cell is None else _on_one_line(str(cell)) for cell in row))
+        click.echo("\t".join("-" if cell is None else on_one_line(str(cell)) for cell in row))
 
 
-def _on_one_line(text: str) -> str:
+def on_one_line(text: str) -> str:
     """What somebody entered, with its tabs, line breaks and other controls written out: they would fake a cell."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 

@@ -30,21 +30,31 @@ def receipts() -> None:
     "--limit", default=20, show_default=True, type=click.IntRange(1, 100_000), help="How many, newest first."
 )
 @common.json_option
-def list_receipts(limit: int, as_json: bool) -> None:
-    """The newest receipts, and where each is in the bucket."""
+def list_receipts(limit: int, as_json: bool) -> int:
+    """The newest receipts, and where each is in the bucket. Exit status 1 when one was changed, which is left out."""
     from worker import anchors, audit, ledger
 
     with common.operations().transaction(read_only=True) as connection:
         ledger.require(connection)
         recent = audit.recent(connection, limit=limit)
         anchored = anchors.of(connection, [one.seq for one in recent])
-    found = [_shown(one, anchored) for one in recent]
+    found: list[dict[str, Any]] = []
+    changed: list[str] = []
+    for one in recent:
+        try:
+            found.append(_shown(one, anchored))
+        except Refused as refusal:
+            changed.append(str(refusal))
     if as_json:
         common.print_json({"receipts": found})
     else:
         header = ("seq", "run", "job", "state", "settled_at", "hash", "anchor")
         rows = [one | {"anchor": one["anchor"] and one["anchor"]["key"]} for one in found]
-        common.print_rows(header, [[one[name] for name in header] for one in rows])
+        common.print_rows(header, [[one.get(name) for name in header] for one in rows])
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        click.echo(f"paperclip-worker: {changed[0]}{more}", err=True)
+    return Exit.UNKEPT if changed else Exit.KEPT
 
 
 def _shown(receipt: Receipt, anchored: Mapping[int, Anchor]) -> dict[str, Any]:
@@ -85,7 +95,8 @@ def anchor(every: bool, as_json: bool) -> None:
     written = deployment.anchor(every=every)
     if deployment.store is None:
         raise Refused(f"{Need.STORAGE.value} is not set")
-    locked = all(one.locked_until for one in written) and deployment.store.lockable()
+    now = deployment.now()
+    locked = all(one.locked_until and one.locked_until > now for one in written) and deployment.store.lockable()
     with deployment.transaction(read_only=True) as connection:
         pending = anchors.pending(connection)
     where = deployment.store.location + anchors.PREFIX
@@ -100,7 +111,7 @@ def anchor(every: bool, as_json: bool) -> None:
     "--public-key",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     multiple=True,
-    help="A public key (PEM) to trust instead of the configured signing key; repeatable.",
+    help="A public key (PEM) to trust instead of those in the configured signing key's file; repeatable.",
 )
 @click.option("--from-s3", is_flag=True, help="Verify what is in the bucket. Needs no database.")
 @click.option("--anchors", "both", is_flag=True, help="Verify database and bucket, and that they agree.")
@@ -122,16 +133,17 @@ def verify(public_key: tuple[Path, ...], from_s3: bool, both: bool, as_json: boo
         click.echo(text)
     if flaws:
         first, more = flaws[0], f" (and {len(flaws) - 1} more)" if len(flaws) > 1 else ""
-        click.echo(f"paperclip-worker: the chain is broken at receipt {first.seq}: {first.what}{more}", err=True)
+        what = common.on_one_line(first.what)
+        click.echo(f"paperclip-worker: the chain is broken at receipt {first.seq}: {what}{more}", err=True)
     return Exit.UNKEPT if flaws else Exit.KEPT
 
 
-def _trusted(public_key: tuple[Path, ...], settings: Settings) -> list[Ed25519PublicKey]:
+def _trusted(public_key: tuple[Path, ...], settings: Settings) -> Sequence[Ed25519PublicKey]:
     from worker import audit
 
     if public_key or settings.signing_key_file is None:
         return [audit.load_public(path) for path in public_key]
-    return [audit.Signer.load(settings.signing_key_file).public]
+    return audit.Signer.load(settings.signing_key_file).trusted
 
 
 def _from_s3(settings: Settings, trusted: Sequence[Ed25519PublicKey]) -> tuple[dict[str, Any], list[Flaw], str]:
@@ -141,7 +153,7 @@ def _from_s3(settings: Settings, trusted: Sequence[Ed25519PublicKey]) -> tuple[d
     store = S3Store(settings)
     found = witness.verify(store, trusted)
     facts = found.to_json() | {"location": store.location + anchors.PREFIX}
-    lock = f"locked until {found.locked_until:%Y-%m-%d}" if found.locked else "not locked"
+    lock = f"locked until {found.locked_until.isoformat()}" if found.locked and found.locked_until else "not locked"
     return (
         facts,
         found.flaws,
@@ -150,7 +162,7 @@ def _from_s3(settings: Settings, trusted: Sequence[Ed25519PublicKey]) -> tuple[d
 
 
 def _from_database(trusted: Sequence[Ed25519PublicKey], *, both: bool) -> tuple[dict[str, Any], list[Flaw], str]:
-    from worker import anchors, audit, ledger, witness
+    from worker import anchors, books, ledger, witness
     from worker.config import Need
 
     deployment = common.operations(*([Need.STORAGE] if both else []))
@@ -158,7 +170,7 @@ def _from_database(trusted: Sequence[Ed25519PublicKey], *, both: bool) -> tuple[
     with deployment.transaction(scan=True, read_only=True) as connection:
         ledger.require(connection)
         facts["not_anchored"] = anchors.pending(connection)
-        count, flaws = audit.verify(connection, trusted)
+        count, flaws = books.verify(connection, trusted)
         if both and deployment.store is not None:
             comparison = witness.Comparison(anchors.books(connection))
             found = witness.verify(deployment.store, trusted, beside=comparison)
@@ -167,8 +179,9 @@ def _from_database(trusted: Sequence[Ed25519PublicKey], *, both: bool) -> tuple[
             comparison.catch_up(anchors.hashes(connection, comparison.beyond))
         facts["bucket"] = found.to_json()
         flaws = [*comparison.flaws, *flaws, *found.flaws]
-    agree = ", and the bucket agrees" if both else ""
-    return {"receipts": count, **facts}, flaws, f"{count} receipts, chain intact{agree}"
+    pending = facts["not_anchored"]
+    agree = f", {pending} not in the bucket yet" if pending else ", and the bucket agrees"
+    return {"receipts": count, **facts}, flaws, f"{count} receipts, chain intact{agree if both else ''}"
 
 
 @click.command()
