@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import tomllib
@@ -22,7 +23,7 @@ from worker import config, registry, timetable
 from worker.config import FROM_FILE, Settings
 from worker.holds import Hold, Holds
 from worker.layouts import LAYOUTS, catalogue
-from worker.layouts.catalogue import Retention
+from worker.layouts.catalogue import ColumnClass, Retention, Scope
 from worker.metrics import LedgerCollector
 from worker.states import State
 
@@ -164,6 +165,31 @@ def test_the_example_of_a_schedule_file_is_one(released: Deployment, tmp_path: P
     assert len(times.entries) == len(schedules.SCHEDULE) + 1
     for entry in times.entries.values():
         released.operations.plan(entry.job)
+
+
+def test_the_example_of_a_catalogue_file_is_one(released: Deployment, tmp_path: Path) -> None:
+    """A database with just what the page describes is one that `db check` has nothing to say of."""
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", text, re.M | re.S)
+    released.query("ALTER TABLE agents ADD nickname text")
+    released.query(
+        "CREATE TABLE crm_contacts (id uuid PRIMARY KEY, company_id uuid NOT NULL, email varchar(128) NOT NULL)"
+    )
+    released.query("CREATE SCHEMA plug")
+    released.query(
+        "CREATE TABLE plug.notes (id bigint PRIMARY KEY, contact_id uuid NOT NULL REFERENCES crm_contacts, "
+        "body text, written_at timestamptz NOT NULL)"
+    )
+    assert released.json("db", "check")["unknown"] == ["agents.nickname", "crm_contacts", "plug.notes"]
+    (tmp_path / "own.toml").write_text(example)
+    done = released.cli("db", "check", "--json", env={"PAPERCLIP_WORKER_CATALOGUE_FILE": str(tmp_path / "own.toml")})
+    assert {name: json.loads(done.stdout)[name] for name in ("missing", "unknown", "changed")} == {
+        "missing": [],
+        "unknown": [],
+        "changed": [],
+    }
+    named = set(re.findall(r"^\| `(\w+)` \|", text, re.M))
+    assert {*ColumnClass, *Scope} <= named
 
 
 def test_the_changelog_is_of_this_version() -> None:
