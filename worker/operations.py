@@ -178,9 +178,10 @@ class Operations:
             held = ledger.get(connection, run.id, hold=True)
             if held is None:
                 raise Refused(f"run {run.id} is being verified or settled this moment; look again")
-            if held.state not in {State.QUEUED, State.RUNNING, State.VERIFYING}:
-                raise Refused(f"run {run.id} is {held.state}; only a run under way can be stopped")
-            ledger.step(connection, held, State.STOPPING)
+            if held.state is not State.STOPPING:
+                if held.state not in {State.QUEUED, State.RUNNING, State.VERIFYING}:
+                    raise Refused(f"run {run.id} is {held.state}; only a run under way can be stopped")
+                ledger.step(connection, held, State.STOPPING)
         runner.work(run.id, seconds=0)
         return self.find(str(run.id))
 

@@ -28,6 +28,7 @@ from tests.cli.helpers import (
     complete,
     find_command,
     keys,
+    refused,
     start,
     world,
 )
@@ -221,6 +222,16 @@ def test_a_run_stopped_midway_resumes_to_the_exact_totals(released: Deployment) 
     assert result["tally"] == planned["tally"]
     assert result["receipt"]["evidence"]["archive"]["rows"] == planned["rows"]
     assert released.json("receipts", "verify")["intact"]
+
+
+def test_a_run_left_stopping_is_ended_by_another_stop(released: Deployment) -> None:
+    """The worker that had its last bite in flight is gone, and no other is up."""
+    run = str(begin(released))
+    with psycopg.connect(released.environment["DATABASE_URL"]) as bite:
+        bite.execute("SELECT FROM paperclip_worker.shards FOR UPDATE")
+        assert released.json("runs", "stop", run)["state"] == "stopping"
+    assert released.json("runs", "stop", run)["state"] == "stopped"
+    refused(released, "runs", "stop", run, says="is stopped; only a run under way can be stopped")
 
 
 def test_a_run_resumed_through_a_worker(released: Deployment) -> None:
