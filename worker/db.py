@@ -13,7 +13,7 @@ from psycopg import errors as pg
 from sqlalchemy import exc
 
 from worker import pgtypes
-from worker.errors import Contended, DatabaseGone, LedgerMissing, Refused, SchemaError
+from worker.errors import Contended, DatabaseGone, Denied, LedgerMissing, Refused, SchemaError
 
 if TYPE_CHECKING:
     from worker.config import Settings
@@ -186,7 +186,7 @@ _MEANING: tuple[tuple[tuple[type[Exception], ...], type[Exception], str], ...] =
     ),
     (
         (pg.InsufficientPrivilege,),
-        Refused,
+        Denied,
         "the database role lacks a privilege, or row level security keeps rows from it (BYPASSRLS lets it see them); "
         "apply the SQL that `paperclip-worker db grants` prints",
     ),
