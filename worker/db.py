@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
 import sqlalchemy as sa
+from psycopg import conninfo
 from psycopg import errors as pg
 from sqlalchemy import exc
 
 from worker import pgtypes
-from worker.errors import Contended, DatabaseGone, LedgerMissing, Refused, SchemaError
+from worker.errors import Contended, DatabaseGone, Denied, LedgerMissing, Refused, SchemaError
 
 if TYPE_CHECKING:
     from worker.config import Settings
@@ -22,6 +23,15 @@ SEES_COMMITS = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
 Transaction = AbstractContextManager[sa.Connection]
 
 APPLICATION_NAME = "paperclip-worker"
+# A server or a network that vanishes says nothing. Keepalives find it out while an answer is awaited; while something
+# sent is not yet acknowledged the kernel sends none, and `tcp_user_timeout` counts (in ms).
+_NOTICING = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
 
 # Waiting longer for these is pointless inside the transaction: the bite is rolled back and taken again.
 _CONTENDED = (pg.LockNotAvailable, pg.SerializationFailure, pg.DeadlockDetected)
@@ -40,15 +50,18 @@ _GONE = (
 def engine(settings: Settings) -> sa.Engine:
     """A pooled engine in REPEATABLE READ, so what a bite preserved is exactly what it then changes.
 
-    The URL stays in libpq's hands: every form the app accepts (`postgres://`, sslmode, ...) works here too.
+    The URL stays in libpq's hands: every form the app accepts (`postgres://`, sslmode, ...) works here too. A server
+    that goes silent is given up after about a minute, or after what the URL says of it.
     """
     url = settings.database()
+    said = conninfo.conninfo_to_dict(url)
+    bounds: dict[str, Any] = {name: value for name, value in _NOTICING.items() if name not in said}
 
     def connect() -> psycopg.Connection[Any]:
         # Prepared statements would switch to generic plans, which cannot estimate a TID range.
         # Archives are UTF-8, whatever PGCLIENTENCODING and the role's own settings say.
         made = psycopg.connect(
-            url, application_name=APPLICATION_NAME, connect_timeout=10, client_encoding="utf8", prepare_threshold=None
+            url, application_name=APPLICATION_NAME, client_encoding="utf8", prepare_threshold=None, **bounds
         )
         pgtypes.register(made)
         return made
@@ -175,7 +188,7 @@ _MEANING: tuple[tuple[tuple[type[Exception], ...], type[Exception], str], ...] =
     ),
     (
         (pg.InsufficientPrivilege,),
-        Refused,
+        Denied,
         "the database role lacks a privilege, or row level security keeps rows from it (BYPASSRLS lets it see them); "
         "apply the SQL that `paperclip-worker db grants` prints",
     ),

@@ -40,6 +40,10 @@ class SettingsError(Refused):
     """One or more settings are missing or wrong; the message names all of them at once."""
 
 
+class Denied(Refused):
+    """The database role lacks a privilege."""
+
+
 class SchemaError(Refused):
     """The live database lacks something that is needed, or no layout describes it."""
 

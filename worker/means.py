@@ -202,5 +202,5 @@ class Means:
 
     def _archive(self) -> tuple[Store, UUID]:
         if self.store is None:
-            raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set, and the run has an archive there")
+            raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set on this worker, and the run has an archive there")
         return self.store, self.entered

@@ -20,7 +20,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from worker import anchors, backlog, ledger, standing
+from worker import anchors, backlog, ledger, registry, standing
 from worker.errors import Refused
 from worker.ledger import RUNS, SHARDS
 from worker.logs import log
@@ -94,7 +94,8 @@ def _runs(connection: sa.Connection) -> Metric:
     ).all()
     family = GaugeMetricFamily(_PREFIX + "runs", "Runs in the ledger", labels=["job", "state"])
     seen = {(job, State(state)): number for job, state, number in rows}
-    for job in sorted({job for job, _ in seen}):
+    # Also of jobs that never ran: an alert sees a number grow only where there was one before.
+    for job in sorted({job for job, _ in seen} | set(registry.jobs())):
         for state in State:
             family.add_metric([job, state.value], seen.get((job, state), 0))
     return family

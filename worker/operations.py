@@ -11,7 +11,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import anchors, archive, audit, db, layouts, ledger, ledger_shards, params, registry
+from worker import anchors, archive, audit, db, layouts, ledger, ledger_shards, params, registry, timetable
 from worker.errors import Refused
 from worker.job import REHEARSAL, Job, Overdue
 from worker.means import IN_FORCE, Means, Rules
@@ -62,13 +62,21 @@ class Operations:
             return found
 
     def check_ready(self) -> None:
-        """Raise what would fail every run: signing key, a database that takes no change, ledger, bucket."""
+        """Raise what would fail every run: signing key, a database that takes no change, ledger, bucket.
+
+        A deployment whose schedule archives nothing may do without a bucket.
+        """
         self.runner()
         with self.transaction() as connection:
             ledger.require(connection)
             layouts.detect(connection)
         if self.store is not None:
             self.store.check()
+        elif archiving := [name for name, entry in timetable.of(self).enabled.items() if entry.job.archives]:
+            raise Refused(
+                f"PAPERCLIP_WORKER_S3_BUCKET is not set, and the schedule archives ({', '.join(archiving)}); "
+                "set it, or give these archive = false in PAPERCLIP_WORKER_SCHEDULE_FILE"
+            )
 
     def plan(self, job: Job, *, approved: str | None = None, rules: Rules = IN_FORCE) -> Plan:
         """What a run of `job` would change now; with `approved`, refused when the world has drifted from it.
@@ -170,9 +178,10 @@ class Operations:
             held = ledger.get(connection, run.id, hold=True)
             if held is None:
                 raise Refused(f"run {run.id} is being verified or settled this moment; look again")
-            if held.state not in {State.QUEUED, State.RUNNING, State.VERIFYING}:
-                raise Refused(f"run {run.id} is {held.state}; only a run under way can be stopped")
-            ledger.step(connection, held, State.STOPPING)
+            if held.state is not State.STOPPING:
+                if held.state not in {State.QUEUED, State.RUNNING, State.VERIFYING}:
+                    raise Refused(f"run {run.id} is {held.state}; only a run under way can be stopped")
+                ledger.step(connection, held, State.STOPPING)
         runner.work(run.id, seconds=0)
         return self.find(str(run.id))
 

@@ -45,7 +45,8 @@ def add_hold(
 ) -> Hold:
     """Put a hold on a company, user, task or table. In force for every bite that commits after this returns."""
     require_reason(reason)
-    if until is not None and until <= datetime.now(UTC):
+    # The clock that holds end by.
+    if until is not None and until <= deployment.now():
         raise Refused(f"--until: {until.isoformat()} is past")
     with holds.still(deployment) as connection:
         layout = _ready(connection)

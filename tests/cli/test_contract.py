@@ -29,6 +29,7 @@ from tests.cli.helpers import (
     complete,
     find_command,
     keys,
+    refused,
     start,
     world,
 )
@@ -222,6 +223,16 @@ def test_a_run_stopped_midway_resumes_to_the_exact_totals(released: Deployment) 
     assert result["tally"] == planned["tally"]
     assert result["receipt"]["evidence"]["archive"]["rows"] == planned["rows"]
     assert released.json("receipts", "verify")["intact"]
+
+
+def test_a_run_left_stopping_is_ended_by_another_stop(released: Deployment) -> None:
+    """The worker that had its last bite in flight is gone, and no other is up."""
+    run = str(begin(released))
+    with psycopg.connect(released.environment["DATABASE_URL"]) as bite:
+        bite.execute("SELECT FROM paperclip_worker.shards FOR UPDATE")
+        assert released.json("runs", "stop", run)["state"] == "stopping"
+    assert released.json("runs", "stop", run)["state"] == "stopped"
+    refused(released, "runs", "stop", run, says="is stopped; only a run under way can be stopped")
 
 
 def test_a_run_resumed_through_a_worker(released: Deployment) -> None:
@@ -466,6 +477,23 @@ def test_db_check_finds_nothing_wrong_and_then_what_is(deployment: Deployment) -
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "missing\tagents.name" in done.stdout
+
+
+def test_a_role_without_rights_is_told_what_it_lacks(deployment: Deployment) -> None:
+    name = f"bare_{deployment.environment['DATABASE_URL'].rpartition('/')[2]}"
+    deployment.query(f"CREATE ROLE {name} LOGIN PASSWORD 'pw'")
+    url = urlsplit(deployment.environment["DATABASE_URL"])
+    bare = {"DATABASE_URL": f"postgres://{name}:pw@{url.netloc.rpartition('@')[2]}{url.path}"}
+    refused(deployment, "db", "init", says="may not make the ledger; run `db init` as the database's owner", env=bare)
+    found = json.loads(deployment.cli("db", "check", "--json", env=bare).stdout)
+    assert set(found["jobs"]) == set(registry.jobs())
+    assert all(lacks[0] == "USAGE on schema paperclip_worker" for lacks in found["jobs"].values())
+    assert {"DELETE on activity_log", "SELECT on activity_log"} <= set(found["jobs"]["prune-logs"])
+    assert not any("on issues" in one for one in found["jobs"]["retire-master-key"])
+    deployment.query(deployment.cli("db", "grants", "--role", name).stdout)
+    found = json.loads(deployment.cli("db", "check", "--json", env=bare).stdout)
+    # What handles the master key is granted only when it is named.
+    assert {job for job, lacks in found["jobs"].items() if lacks} == {"rotate-master-key", "retire-master-key"}
 
 
 def test_the_printed_grants_are_enough_and_no_more(deployment: Deployment) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import tomllib
@@ -11,18 +12,20 @@ from uuid import uuid4
 
 import duckdb
 import pytest
+import yaml
 from pydantic import AliasChoices
 
 import schedules
 from tests.cli.helpers import complete, find_command, keys
 from tests.conftest import NOW, ROOT, Deployment
 from tests.rotation.conftest import equipped
-from worker import config, timetable
+from worker import config, registry, timetable
 from worker.config import FROM_FILE, Settings
 from worker.holds import Hold, Holds
 from worker.layouts import LAYOUTS, catalogue
-from worker.layouts.catalogue import Retention
+from worker.layouts.catalogue import ColumnClass, Retention, Scope
 from worker.metrics import LedgerCollector
+from worker.states import State
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 _SERVICES = {"worker", "beat", "demo"}
@@ -136,6 +139,24 @@ def test_the_alerts_ask_for_metrics_there_are(released: Deployment) -> None:
     assert entries <= set(schedules.SCHEDULE)
 
 
+def test_the_alerts_work_on_a_deployment_where_nothing_has_happened_yet(released: Deployment) -> None:
+    """What an alert compares with is there before the first fault, or its lack is asked for."""
+    (rules,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs" / "operations.md").read_text(), re.M | re.S)
+    (group,) = yaml.safe_load(rules)["groups"]
+    asked = {rule["alert"]: rule["expr"] for rule in group["rules"]}
+    collector = LedgerCollector(released.operations, timetable.load(released.operations.settings))
+    samples = [one for family in collector.collect() for one in family.samples]
+    runs = {(one.labels["job"], one.labels["state"]): one.value for one in samples if one.name.endswith("_runs")}
+    assert runs == {(job, state.value): 0 for job in registry.jobs() for state in State}
+    # `delta` would take a failure and a resumed run for nothing.
+    assert "min_over_time(paperclip_worker_runs" in asked["RunWentWrong"]
+    assert "absent(paperclip_worker_ledger_up)" in asked["LedgerDown"]
+    measured = "paperclip_worker_backlog_measured_timestamp_seconds"
+    assert f"paperclip_worker_schedule_missed unless on (entry) {measured}" in asked["BacklogNotMeasured"]
+    entries = {one.labels["entry"] for one in samples if one.name == "paperclip_worker_schedule_missed"}
+    assert entries == set(schedules.SCHEDULE)
+
+
 def test_the_example_of_a_schedule_file_is_one(released: Deployment, tmp_path: Path) -> None:
     (example,) = re.findall(r"^```toml\n(.*?)^```$", (ROOT / "docs" / "schedules.md").read_text(), re.M | re.S)
     file = tmp_path / "schedule.toml"
@@ -144,6 +165,31 @@ def test_the_example_of_a_schedule_file_is_one(released: Deployment, tmp_path: P
     assert len(times.entries) == len(schedules.SCHEDULE) + 1
     for entry in times.entries.values():
         released.operations.plan(entry.job)
+
+
+def test_the_example_of_a_catalogue_file_is_one(released: Deployment, tmp_path: Path) -> None:
+    """A database with just what the page describes is one that `db check` has nothing to say of."""
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", text, re.M | re.S)
+    released.query("ALTER TABLE agents ADD nickname text")
+    released.query(
+        "CREATE TABLE crm_contacts (id uuid PRIMARY KEY, company_id uuid NOT NULL, email varchar(128) NOT NULL)"
+    )
+    released.query("CREATE SCHEMA plug")
+    released.query(
+        "CREATE TABLE plug.notes (id bigint PRIMARY KEY, contact_id uuid NOT NULL REFERENCES crm_contacts, "
+        "body text, written_at timestamptz NOT NULL)"
+    )
+    assert released.json("db", "check")["unknown"] == ["agents.nickname", "crm_contacts", "plug.notes"]
+    (tmp_path / "own.toml").write_text(example)
+    done = released.cli("db", "check", "--json", env={"PAPERCLIP_WORKER_CATALOGUE_FILE": str(tmp_path / "own.toml")})
+    assert {name: json.loads(done.stdout)[name] for name in ("missing", "unknown", "changed")} == {
+        "missing": [],
+        "unknown": [],
+        "changed": [],
+    }
+    named = set(re.findall(r"^\| `(\w+)` \|", text, re.M))
+    assert {*ColumnClass, *Scope} <= named
 
 
 def test_the_changelog_is_of_this_version() -> None:

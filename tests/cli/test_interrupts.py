@@ -58,7 +58,8 @@ def test_ctrl_c_leaves_an_inline_run_after_the_batch_and_says_how_it_stands(rele
     assert len(before) - len(rows(released)) == result["rows"] > 0
     run = result["run"]
     assert err == (
-        f"paperclip-worker: run {run} is running: `runs resume {run} --inline` goes on, `runs stop {run}` ends it\n"
+        f"paperclip-worker: run {run} is running: `runs resume {run} --inline` goes on, as workers do after 180 s; "
+        f"`runs stop {run}` ends it\n"
     )
     released.cli("runs", "resume", run, "--inline")
     check_kept(released, released.operations.find(run).id, before)

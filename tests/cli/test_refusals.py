@@ -157,6 +157,12 @@ _SETTINGS: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
     "no store": ({"PAPERCLIP_STORAGE_S3_ENDPOINT": f"http://127.0.0.1:{_SHUT}"}, INLINE, "cannot be reached"),
     "no such bucket": ({"PAPERCLIP_WORKER_S3_BUCKET": "no-such-bucket"}, INLINE, "no-such-bucket.*NoSuchBucket"),
     "bucket unset": ({"PAPERCLIP_WORKER_S3_BUCKET": ""}, INLINE, "S3_BUCKET is not set"),
+    "no bucket for a worker": (
+        {"PAPERCLIP_WORKER_S3_BUCKET": ""},
+        ("worker",),
+        r"S3_BUCKET is not set, and the schedule archives \(prune-activity-log, prune-run-events\).*archive = false",
+    ),
+    "no bucket for beat": ({"PAPERCLIP_WORKER_S3_BUCKET": ""}, ("beat",), "S3_BUCKET is not set, and the schedule"),
     "no bucket to verify": ({"PAPERCLIP_WORKER_S3_BUCKET": ""}, FROM_S3, "S3_BUCKET is not set"),
     "no bucket to anchor in": (
         {"PAPERCLIP_WORKER_S3_BUCKET": ""},

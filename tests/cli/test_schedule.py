@@ -232,6 +232,12 @@ def test_a_worker_launches_what_the_file_says(released: Deployment, tmp_path: Pa
     assert released.query("SELECT count(*) FROM paperclip_worker.runs") == [(2,)]
 
 
+def test_a_schedule_that_archives_nothing_needs_no_bucket(released: Deployment, tmp_path: Path) -> None:
+    file = tmp_path / "schedule.toml"
+    file.write_text("".join(f"[entry.{name}.params]\narchive = false\n" for name in (ACTIVITY, EVENTS)))
+    released.with_settings(s3_bucket="", schedule_file=str(file)).check_ready()
+
+
 # -- metrics ------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,9 @@ def secrets(tmp_path: Path) -> Path:
     """The files that the manual's recipe leaves."""
     text = (ROOT / "docs" / "docker.md").read_text(encoding="utf-8")
     (recipe,) = [one for one in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if "random" in one]
-    subprocess.run(["sh", "-euc", recipe], cwd=tmp_path, check=True)
+    # What follows on the page is called where this was.
+    done = subprocess.run(["sh", "-euc", f"{recipe}pwd"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert tmp_path.samefile(done.stdout.strip())
     made = tmp_path / "docker" / "secrets"
     assert made.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in made.iterdir()} == {0o644}

@@ -47,6 +47,20 @@ def test_each_instance_that_is_shown_is_a_real_command() -> None:
         command.make_context(instance, rest)
 
 
+def test_the_first_session_makes_all_that_the_services_need() -> None:
+    shells = "".join(re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+    shown = re.findall(r"^(?:DATABASE_URL_FILE=(\S+) )?paperclip-worker (.+)$", shells, re.MULTILINE)
+    owner = "/etc/paperclip-worker/database-owner-url"
+    assert [(url, words.split()[:2]) for url, words in shown] == [
+        ("", ["keygen", '"$PAPERCLIP_WORKER_SIGNING_KEY_FILE"']),
+        (owner, ["db", "init"]),
+        (owner, ["db", "grants"]),
+        ("", ["plan", "prune-logs"]),
+    ]
+    for _, words in shown:
+        find_command(tuple(words.split()))
+
+
 def test_a_worker_is_told_to_end_and_given_the_time() -> None:
     # To all processes at once, SIGTERM would end the pool's children in the middle of their batch.
     assert (_one("KillMode"), _one("KillSignal")) == ("mixed", "SIGTERM")

@@ -97,7 +97,7 @@ def test_a_log_that_takes_no_row_of_ours(released: Deployment, small: Operations
 def test_a_worker_without_the_bucket_fails_the_run(released: Deployment, small: Operations) -> None:
     run = _under_way(small)
     without = released.with_settings(s3_bucket="")
-    with pytest.raises(Refused, match="PAPERCLIP_WORKER_S3_BUCKET is not set"):
+    with pytest.raises(Refused, match="PAPERCLIP_WORKER_S3_BUCKET is not set on this worker"):
         without.runner().work(run, seconds=60)
     failed = small.result(run)
     assert failed["state"] == "failed"

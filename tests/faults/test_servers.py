@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +18,9 @@ import pytest
 import sqlalchemy as sa
 
 from tests.conftest import NOW, Deployment
-from tests.faults.evidence import begin, check_exact, check_kept, rows, wait
-from worker import app, config, embedded, ledger
+from tests.faults.evidence import begin, check_exact, check_kept, complete, rows, wait
+from tests.faults.wire import wire
+from worker import app, config, db, embedded, ledger
 from worker.errors import Transient
 from worker.layouts import demo_schema
 from worker.operations import Operations
@@ -26,6 +30,7 @@ ROWS, COMPANIES = 3_000, 5
 # Bites so small that there is always one in flight when something is killed.
 SMALL = {"bite_rows": "15", "slice_seconds": "2", "rescue_after": "1"}
 WORKER = ("worker", "--concurrency=1")
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="what a connection does when it is dead is Linux's")
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +166,61 @@ def test_a_server_that_crashes_and_comes_back_costs_nothing(
         crash(mortal)
         wait(lambda: _settled(site, run), seconds=60)
     check_kept(site, run, before)
+
+
+@ON_LINUX
+def test_a_database_that_goes_silent_is_given_up(
+    released: Deployment, make_deployment: Callable[..., Deployment]
+) -> None:
+    """No answer and no end of the connection either: the worker notices by itself and takes the run again."""
+    before = rows(released)
+    with wire(released.environment["DATABASE_URL"]) as line:
+        quick = "keepalives_idle=1&keepalives_interval=1&keepalives_count=2&tcp_user_timeout=2000"
+        site = make_deployment(line.url(quick), "paperclip")
+        small = site.with_settings(bite_rows="50")
+        run = begin(small)
+        worker = threading.Thread(target=complete, args=(small, run), daemon=True)
+        worker.start()
+        _under_way(released, run, bites=5)
+        line.cut()
+        worker.join(30)
+        assert not worker.is_alive()
+        check_kept(site, run, before)
+
+
+@ON_LINUX
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        pytest.param("", (30, 10, 3, 60_000), id="ours"),
+        pytest.param("?keepalives_idle=7&tcp_user_timeout=5000", (7, 10, 3, 5_000), id="the URL's"),
+    ],
+)
+def test_connections_are_made_to_notice_it(servers: embedded.Embedded, query: str, expected: tuple[int, ...]) -> None:
+    """What DATABASE_URL says goes before what is set otherwise."""
+    names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+    with (
+        _connected(servers.environment()["DATABASE_URL"] + query) as connection,
+        socket.socket(fileno=os.dup(db.driver(connection).fileno())) as own,
+    ):
+        assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert tuple(own.getsockopt(socket.IPPROTO_TCP, name) for name in names) == expected
+
+
+def test_a_socket_of_the_same_machine_does_as_well(servers: embedded.Embedded) -> None:
+    one = servers.postgres
+    with _connected(f"postgres://paperclip:{one.password}@/paperclip?host={one.data}&port={one.port}") as connection:
+        assert connection.exec_driver_sql("SELECT inet_server_addr()").scalar_one() is None
+
+
+@contextlib.contextmanager
+def _connected(url: str) -> Iterator[sa.Connection]:
+    engine = db.engine(config.load({"DATABASE_URL": url}))
+    try:
+        with engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
 
 
 @pytest.mark.parametrize("workers", [2, 4])

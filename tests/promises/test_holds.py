@@ -11,14 +11,18 @@ from uuid import UUID
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 
+from cli import cli
 from tasks.archive_tasks import ArchiveTasks
 from tasks.prune_logs import PruneLogs
 from tests.cli.helpers import check_refusal, complete, keys, refused, world
 from tests.conftest import NOW, Deployment
 from tests.promises.board import Board
 from worker import holds, rules
+from worker.errors import Refused
 from worker.job import Job
+from worker.operations import Operations
 from worker.params import RunId
 from worker.runner import Outcome
 from worker.states import State
@@ -423,6 +427,19 @@ def test_a_hold_ends_by_itself(released: Deployment) -> None:
     assert released.json("holds", "list") == {"holds": []}
     (listed,) = released.json("holds", "list", "--all")["holds"]
     assert (listed["id"], listed["state"]) == (str(hold.id), "ended")
+
+
+def test_a_hold_ends_by_the_database_s_clock(released: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator's own clock that is hours late neither enters a hold that is over nor lists it as in force."""
+    late = datetime.now(UTC) + timedelta(hours=1)
+    _hold(released, "table", "activity_log", until=late)
+    monkeypatch.setattr(Operations, "now", lambda _: late + timedelta(hours=1))
+    with pytest.raises(Refused, match=r"--until: .* is past"):
+        _hold(released, "table", "activity_log", until=late)
+    _hold(released, "table", "activity_log", until=late + timedelta(hours=2))
+    released.query("UPDATE paperclip_worker.holds SET until = %s", late)
+    listed = CliRunner(env=released.environment).invoke(cli, ["holds", "list", "--json"], standalone_mode=False)
+    assert json.loads(listed.stdout) == {"holds": []}
 
 
 def test_the_command_line_adds_lists_and_releases(released: Deployment) -> None:

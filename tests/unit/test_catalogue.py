@@ -141,6 +141,13 @@ class TestOperatorsFile:
         tables = extended('[table.agents.columns]\nadapter_config = "jsonb not null; secret"').tables
         assert tables["agents"].columns["adapter_config"].kind is ColumnClass.SECRET
 
+    def test_types_may_be_in_capitals(self, extended: Extra) -> None:
+        own = 'nickname = "TEXT NOT NULL; PERSONAL"\nid = "UUID not null"\nmood = \'"Mood"\''
+        columns = extended(f"[table.agents.columns]\n{own}").tables["agents"].columns
+        assert str(columns["nickname"]) == "text not null"
+        assert columns["nickname"].kind is ColumnClass.PERSONAL
+        assert columns["mood"].type == '"Mood"'
+
     def test_public_may_be_spelled_out(self, extended: Extra) -> None:
         tables = extended('[table."public.agents".columns]\nnickname = "text"').tables
         assert "nickname" in tables["agents"].columns

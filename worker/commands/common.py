@@ -183,15 +183,18 @@ def work_inline(deployment: Operations, run: UUID) -> bool:
         try:
             deployment.runner().work(run, seconds=math.inf, leave=asked)
         except KeyboardInterrupt:
-            raise Interrupted(f"run {run} was cut off within a batch, which is rolled back; {_onward(run)}") from None
+            raise Interrupted(
+                f"run {run} was cut off within a batch, which is rolled back; {_onward(deployment, run)}"
+            ) from None
         except WorkerError:
             if deployment.find(str(run)).state not in SETTLED:
                 raise
         return not asked()
 
 
-def _onward(run: UUID) -> str:
-    return f"`runs resume {run} --inline` goes on, `runs stop {run}` ends it"
+def _onward(deployment: Operations, run: UUID) -> str:
+    rescue = f"{deployment.settings.rescue_after:g} s"
+    return f"`runs resume {run} --inline` goes on, as workers do after {rescue}; `runs stop {run}` ends it"
 
 
 def report(deployment: Operations, run: UUID, *, as_json: bool) -> Exit:
@@ -202,7 +205,7 @@ def report(deployment: Operations, run: UUID, *, as_json: bool) -> Exit:
     else:
         print_result(result)
     if not result["kept"]:
-        under_way = _onward(run) if result["state"] in ACTIVE else None
+        under_way = _onward(deployment, run) if result["state"] in ACTIVE else None
         why = (
             under_way or result["error"] or "; ".join(one["what"] for one in result["findings"]) or "see `runs show`"
         )

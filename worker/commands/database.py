@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from worker.commands import common
-from worker.errors import Exit
+from worker.errors import Denied, Exit, Refused
 
 
 @click.group()
@@ -20,7 +20,10 @@ def init(as_json: bool) -> None:
     from worker import ledger
 
     deployment = common.operations()
-    ledger.init(deployment.engine)
+    try:
+        ledger.init(deployment.engine)
+    except Denied as error:
+        raise Refused("this role may not make the ledger; run `db init` as the database's owner") from error
     if as_json:
         common.print_json({"schema": ledger.SCHEMA, "version": ledger.VERSION})
     else:
@@ -30,10 +33,11 @@ def init(as_json: bool) -> None:
 @db.command()
 @common.json_option
 def check(as_json: bool) -> int:
-    """Compare the live database with the catalogue: what is missing, unknown or changed.
+    """Compare the live database with the catalogue: what is missing, unknown or changed, and what each job lacks.
 
-    Exit status 1 when something is missing or changed. Unknown tables and columns are never touched; class your
-    own in a TOML file named by PAPERCLIP_WORKER_CATALOGUE_FILE.
+    A job lacks tables, columns, or privileges of the role (see `db grants`). Exit status 1 when something is missing
+    or changed. Unknown tables and columns are never touched; class your own in a TOML file named by
+    PAPERCLIP_WORKER_CATALOGUE_FILE.
     """
     from worker import layouts
     from worker.layouts import catalogue
@@ -66,15 +70,16 @@ def check(as_json: bool) -> int:
 
 
 def _jobs(layout: str, connection: object) -> dict[str, list[str]]:
-    """What each job, with its usual parameters, lacks in the live database."""
+    """What each job, with its usual parameters, lacks in the live database, and its role of privileges there."""
     import sqlalchemy as sa
 
-    from worker import layouts, registry
+    from worker import layouts, privileges, registry
 
     if not isinstance(connection, sa.Connection):
         raise TypeError("a connection is needed")
+    live = layouts.LAYOUTS[layout]
     return {
-        name: layouts.missing(connection, job.usual().needs(layouts.LAYOUTS[layout]))
+        name: layouts.missing(connection, job.usual().needs(live)) + privileges.lacking(connection, job, live)
         for name, job in registry.jobs().items()
     }
 

@@ -65,11 +65,10 @@ def add(reason: str, until: datetime | None, actor: str | None, as_json: bool, *
     if len(given) != 1:
         raise Refused("name exactly one of --company, --user, --task and --table; a hold has one target")
     ((kind, name),) = given.items()
-    hold = rules.add_hold(
-        common.operations(), kind=kind, name=name, reason=reason, actor=actor or common.login(), until=until
-    )
+    deployment = common.operations()
+    hold = rules.add_hold(deployment, kind=kind, name=name, reason=reason, actor=actor or common.login(), until=until)
     if as_json:
-        common.print_json(hold.to_json(now=datetime.now(UTC)))
+        common.print_json(hold.to_json(now=deployment.now()))
     else:
         click.echo(str(hold.id))
         common.talk(f"{hold.kind} {hold.target} is held")
@@ -83,10 +82,11 @@ def list_holds(every: bool, as_json: bool) -> None:
     from worker import holds as found_in
     from worker import ledger
 
-    with common.operations().transaction(read_only=True) as connection:
+    deployment = common.operations()
+    with deployment.transaction(read_only=True) as connection:
         ledger.require(connection)
         found = found_in.every(connection)
-    now = datetime.now(UTC)
+    now = deployment.now()
     rows = [hold.to_json(now=now) for hold in found if every or hold.state(now) == "in force"]
     if as_json:
         common.print_json({"holds": rows})

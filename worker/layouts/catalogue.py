@@ -44,7 +44,7 @@ class ColumnClass(StrEnum):
 
 
 _CLASSES = ", ".join(ColumnClass)
-_COLUMN = re.compile(rf"(?P<type>[^;\s][^;]*?)(?P<required> not null)?(?:; (?P<kind>{'|'.join(ColumnClass)}))?")
+_COLUMN = re.compile(rf"(?P<type>[^;\s][^;]*?)(?P<required> not null)?(?:; (?P<kind>{'|'.join(ColumnClass)}))?", re.I)
 
 
 class Scope(StrEnum):
@@ -265,8 +265,10 @@ def _columns(place: str, entry: _Entry) -> dict[str, ColumnFact]:
     for name, text in entry.columns.items():
         if not (match := _COLUMN.fullmatch(text)):
             raise _wrong(place, f"columns.{name}", f"must read TYPE[ not null][; CLASS]; classes: {_CLASSES}")
-        kind = ColumnClass(match["kind"] or ColumnClass.PLAIN)
-        columns[name] = ColumnFact(name=name, type=match["type"], nullable=not match["required"], kind=kind)
+        kind = ColumnClass((match["kind"] or ColumnClass.PLAIN).lower())
+        # As format_type writes it; a name in quotes is another in capitals.
+        type_ = match["type"] if '"' in match["type"] else match["type"].lower()
+        columns[name] = ColumnFact(name=name, type=type_, nullable=not match["required"], kind=kind)
     return columns
 
 
