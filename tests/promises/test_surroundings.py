@@ -223,6 +223,15 @@ def test_a_log_whose_rows_lie_in_other_tables_is_not_pruned(released: Deployment
     _refused(released, says="plugin_logs is partitioned, or other tables inherit from it")
 
 
+def test_tasks_whose_rows_lie_in_other_tables_are_not_archived(deployment: Deployment) -> None:
+    table = "tasks" if deployment.layout == "guide" else "issues"
+    deployment.query(f"CREATE TABLE more_tasks () INHERITS ({table})")
+    before = world(deployment)
+    for words in (("plan", "archive-tasks"), ("run", "archive-tasks", "--inline", "--yes")):
+        refused(deployment, *words, says=f"{table} is partitioned, or other tables inherit from it")
+    assert world(deployment) == before
+
+
 # -- columns of other releases --------------------------------------------------------------------------
 
 
