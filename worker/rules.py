@@ -8,6 +8,7 @@ all the same, since that is how it is put right.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -172,8 +173,10 @@ def _company(
     if layout.records(table).company is None:
         raise Refused(f"--company: the rows of {table} belong to no company")
     # A company may be gone, and its policy still stop the runs of all.
-    gone = (one.company for one in versions if str(one.company) == name.lower())
-    return next(gone, None) or UUID(holds.resolve(connection, layout, "company", name))
+    with suppress(ValueError):
+        if (known := UUID(name)) in {one.company for one in versions}:
+            return known
+    return UUID(holds.resolve(connection, layout, "company", name))
 
 
 def _fits(job: Job, layout: Layout) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -250,6 +251,29 @@ def test_the_policy_of_a_company_that_is_gone_can_be_changed(deployment: Deploym
     refused(deployment, *SET, "--company", str(uuid4()), "--keep", "90d", says="there is no company")
 
 
+@pytest.mark.parametrize("form", [str.upper, lambda one: f"{{{one}}}"])
+def test_an_id_is_the_same_however_it_is_written(deployment: Deployment, form: Callable[[str], str]) -> None:
+    company = _companies(deployment)[0]
+    assert deployment.json(*SET, "--company", form(company), "--keep", "400d")["company"] == company
+    deployment.cli("holds", "add", "--company", form(company), "--reason", "x")
+    assert [one["target"] for one in deployment.json("holds", "list")["holds"]] == [company]
+
+
+def test_a_table_that_has_no_policy_is_told_those_that_do(released: Deployment) -> None:
+    refused(
+        released,
+        "policy",
+        "set",
+        "--table",
+        "tasks",
+        "--keep",
+        "1d",
+        "--reason",
+        "x",
+        says="tasks is not a log or the tasks' table of the paperclip layout; it has issues, activity_log, ",
+    )
+
+
 def test_a_table_that_cannot_be_pruned_can_be_kept_longer(released: Deployment) -> None:
     released.query("CREATE TABLE notes (log uuid REFERENCES activity_log ON DELETE CASCADE)")
     words = (*SET, "--keep", "3650d")
@@ -294,6 +318,14 @@ def test_bounds_that_contradict_each_other_are_a_fault_of_the_settings(released:
     refused(released, "plan", "prune-logs", says="FLOOR is over .*CEILING", env=env)
     refused(
         released, "plan", "prune-logs", says="FLOOR.*'soon' is not", env={"PAPERCLIP_WORKER_RETENTION_FLOOR": "soon"}
+    )
+    refused(
+        released,
+        *SET,
+        "--keep",
+        "120000w",
+        says="CEILING must not be longer than 100 years",
+        env={"PAPERCLIP_WORKER_RETENTION_CEILING": "999999w"},
     )
 
 
