@@ -82,6 +82,7 @@ class ArchiveTasks(Job):
         if self.undo is not None:
             means.tasks.require_undoable(self.undo, self.company, job=self.name)
             return
+        means.require_whole(means.layout.tasks)
         self._cutoffs(means)
         if means.run is not None:
             means.tasks.require_not_undone(means.run)

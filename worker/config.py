@@ -27,7 +27,7 @@ from worker.errors import Refused, SettingsError
 from worker.params import duration, is_text
 
 OUR_PREFIX = "PAPERCLIP_WORKER_"
-_LONGEST_LOCK = timedelta(days=36_500)  # S3's own bound
+_LONGEST = timedelta(days=36_500)  # of a lock S3's own bound
 # Read by worker/embedded.py, which runs where no Settings exist yet.
 _NOT_SETTINGS = frozenset({"PAPERCLIP_WORKER_EMBEDDED_PG_BIN"})
 # A variable that names a file, and the secret setting that the file's one line is.
@@ -160,10 +160,10 @@ class Settings(BaseModel):
             urls.require_http(value)
         return value
 
-    @field_validator("receipt_lock")
+    @field_validator("receipt_lock", "retention_ceiling")
     @classmethod
-    def _a_lock_that_s3_has(cls, value: timedelta) -> timedelta:
-        if value > _LONGEST_LOCK:
+    def _a_century_at_most(cls, value: timedelta) -> timedelta:
+        if value > _LONGEST:
             raise ValueError("must not be longer than 100 years (36500d)")
         return value
 

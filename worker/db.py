@@ -166,6 +166,10 @@ def _translate(error: exc.DBAPIError | psycopg.Error) -> Exception:
         return DatabaseGone("the database cannot be reached, or ended the connection; check DATABASE_URL")
     if isinstance(cause, pg.UndefinedTable) and "paperclip_worker." in str(cause):
         return LedgerMissing("the ledger is not there; run `paperclip-worker db init`")
+    if isinstance(cause, pg.ForeignKeyViolation | pg.RestrictViolation):
+        # The key's name alone: the server's own sentence quotes the row.
+        by = f", by the foreign key {key}" if (key := cause.diag.constraint_name) else ""
+        return Refused(f"a row refers to another that is gone, or is referred to{by} (SQLSTATE {state})")
     for kinds, ours, message in _MEANING:
         if isinstance(cause, kinds):
             return ours(f"{message} (SQLSTATE {state})")
@@ -191,11 +195,6 @@ _MEANING: tuple[tuple[tuple[type[Exception], ...], type[Exception], str], ...] =
         Denied,
         "the database role lacks a privilege, or row level security keeps rows from it (BYPASSRLS lets it see them); "
         "apply the SQL that `paperclip-worker db grants` prints",
-    ),
-    (
-        (pg.ForeignKeyViolation,),
-        Refused,
-        "a row refers to another that is gone, or is referred to",
     ),
     (
         (pg.UndefinedTable, pg.UndefinedColumn),

@@ -167,6 +167,15 @@ def release(connection: sa.Connection, hold: UUID, *, actor: str, reason: str) -
     connection.execute(sa.update(HOLDS).where(HOLDS.c.id == hold, HOLDS.c.released_at.is_(None)).values(values))
 
 
+def _is(key: sa.Column[Any], name: str) -> sa.ColumnElement[bool]:
+    if not isinstance(key.type, sa.Uuid):
+        return key == name
+    try:
+        return key == UUID(name)
+    except ValueError:
+        return sa.false()
+
+
 def resolve(connection: sa.Connection, layout: Layout, kind: str, name: str) -> str:
     """The id of the company, user or task an operator named by id or by a name of its own.
 
@@ -174,7 +183,7 @@ def resolve(connection: sa.Connection, layout: Layout, kind: str, name: str) -> 
     """
     subject = layout.subjects[kind]
     key = sa.cast(subject.key, sa.Text)
-    named = sa.or_(key == name, *(sa.func.lower(column) == name.lower() for column in subject.names))
+    named = sa.or_(_is(subject.key, name), *(sa.func.lower(column) == name.lower() for column in subject.names))
     ids = connection.scalars(sa.select(key).where(named).order_by(key).limit(4)).all()
     if not ids:
         also = "".join(f" or {column.name}" for column in subject.names)

@@ -20,15 +20,16 @@ from worker.pgtypes import of
 if TYPE_CHECKING:
     from worker.layouts.model import Layout, LogTable, Records
 
-# Foreign keys into a table by which a delete changes other rows: table, columns.
+# Foreign keys into a table: schema, table, columns, and whether a delete changes rows there; else they forbid it.
 _REFERENCES = """
-SELECT c.relname::text, array_agg(a.attname::text ORDER BY a.attnum)
+SELECT n.nspname::text, c.relname::text, array_agg(a.attname::text ORDER BY a.attnum),
+  f.confdeltype IN ('c', 'n', 'd')
 FROM pg_catalog.pg_constraint f
 JOIN pg_catalog.pg_class c ON c.oid = f.conrelid
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_catalog.pg_attribute a ON a.attrelid = f.conrelid AND a.attnum = ANY (f.conkey)
-WHERE f.contype = 'f' AND f.confdeltype IN ('c', 'n', 'd')
-  AND f.confrelid = to_regclass(format('public.%%I', %s::text))
-GROUP BY f.oid, c.relname ORDER BY 1, 2
+WHERE f.contype = 'f' AND f.confrelid = to_regclass(format('public.%%I', %s::text))
+GROUP BY f.oid, n.nspname, c.relname ORDER BY 1, 2, 3
 """
 
 # Whether a table's rows are not all its own, as `p`artitions or those of tables that inherit from it.
@@ -110,18 +111,24 @@ def require_prunable(connection: sa.Connection, log: LogTable, *, archive: bool)
             f"{log.name}.{age} is {kind}, not timestamp with time zone; see `paperclip-worker db check`"
         )
     require_whole(connection, log.name)
-    known = {(one.table.name, (one.name,)) for one in log.cited_by}
-    for table, names in _ask(connection, _REFERENCES, log.name):
-        if (table, tuple(names)) not in known:
-            raise Refused(
-                f"rows of {table} refer to {log.name} by {', '.join(names)} and would be changed or deleted with its "
-                "rows; this release does not know them"
-            )
+    _require_known_references(connection, log)
     if archive:
         if lossy := [name for (name,) in _ask(connection, _LOSSY, log.name)]:
             raise Refused(f"{log.name}: an archive would not give back the values of {', '.join(lossy)} as they are")
         if connection.scalar(sa.select(sa.func.current_setting("server_encoding"))) == "SQL_ASCII":
             raise Refused("the database has no encoding (SQL_ASCII): an archive of its text could not be read")
+
+
+def _require_known_references(connection: sa.Connection, log: LogTable) -> None:
+    known = {(one.table.schema, one.table.name, (one.name,)) for one in log.cited_by}
+    for schema, name, names, changed in _ask(connection, _REFERENCES, log.name):
+        if (schema, name, tuple(names)) not in known:
+            table = name if schema == "public" else f"{schema}.{name}"
+            harm = "would be changed or deleted with its rows" if changed else "forbid that its rows are deleted"
+            raise Refused(
+                f"rows of {table} refer to {log.name} by {', '.join(names)} and {harm}; this release does not know "
+                "them, so drop that foreign key first"
+            )
 
 
 def require_whole(connection: sa.Connection, table: str) -> None:

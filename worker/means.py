@@ -178,6 +178,10 @@ class Means:
         """Refused or SchemaError when to delete, or to archive, rows of a log would lose more than it says."""
         livetable.require_prunable(self.connection, log, archive=archive)
 
+    def require_whole(self, what: Records) -> None:
+        """Refused when a table's rows lie in others."""
+        livetable.require_whole(self.connection, what.name)
+
     def require_not_restored(self) -> None:
         """Refused when rows of this run were put back since: it would take them a second time."""
         require_not_restored(self.connection, self.entered)

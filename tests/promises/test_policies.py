@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -20,6 +23,9 @@ from worker.layouts import LAYOUTS
 from worker.runner import Outcome
 
 SET = ("policy", "set", "--table", "activity_log", "--reason", "law 12")
+REMOVE = ("policy", "remove", "--table", "activity_log", "--reason", "law 13")
+PREVIEW = ("policy", "preview", "--table", "activity_log")
+FLOOR = {"PAPERCLIP_WORKER_RETENTION_FLOOR": "60d"}
 
 
 def _days(number: float) -> timedelta:
@@ -49,6 +55,15 @@ def _run(deployment: Deployment, job: Job) -> dict[str, Any]:
     run = deployment.operations.start(job, actor="tester", via="test")
     assert deployment.operations.runner().work(run, seconds=math.inf) is Outcome.SETTLED
     return deployment.operations.result(run)
+
+
+def _json(deployment: Deployment, *words: str) -> Any:
+    """What a command prints where nothing may be kept for less than 60 days."""
+    return json.loads(deployment.cli(*words, "--json", env=FLOOR).stdout)
+
+
+def _doomed(look: dict[str, Any]) -> dict[str | None, int]:
+    return {one["company"]: one["rows"] for one in look["next_runs"]}
 
 
 def _age(deployment: Deployment) -> str:
@@ -182,6 +197,112 @@ def test_a_policy_that_the_settings_no_longer_allow_stops_its_tables_runs(
     released.cli("plan", "prune-logs", "--table", "plugin_logs", env=env)
 
 
+@pytest.mark.parametrize("change", [(*SET, "--keep", "120d"), REMOVE])
+def test_a_policy_out_of_bounds_can_be_put_right(released: Deployment, change: tuple[str, ...]) -> None:
+    """As things are no run can begin, so whatever the next one takes is newly doomed."""
+    then = _planned(released, PruneLogs(older_than=None if change is REMOVE else _days(120)))
+    _set(released, _days(30))
+    before = world(released)
+    refused(released, *change, says=f"newly dooms {sum(then.values())} rows of activity_log.*--yes", env=FLOOR)
+    assert world(released) == before
+    made = _json(released, *change, "--yes")
+    assert (_doomed(made), made["refused"]) == (then, [])
+    assert _planned(released, PruneLogs()) == then
+
+
+def test_of_several_policies_out_of_bounds_each_can_be_put_right(released: Deployment) -> None:
+    """While another is, nobody can say what the next run takes: that is said, and has to be confirmed."""
+    first, second, _ = _companies(released)
+    for company in (first, second):
+        _set(released, _days(30), company=company)
+    says = f"the policy of activity_log for company {second} .* is under the floor"
+    before = world(released)
+    refused(released, *SET, "--company", first, "--keep", "90d", says=f"{says}.*--yes", env=FLOOR)
+    assert world(released) == before
+    look = _json(released, *PREVIEW, "--company", first, "--keep", "90d")
+    made = _json(released, *SET, "--company", first, "--keep", "90d", "--yes")
+    for one in (look, made):
+        assert one["next_runs"] == []
+        ((job, why),) = [(it["job"], it["why"]) for it in one["refused"]]
+        assert (job, re.match(says, why) is not None) == ("prune-logs", True)
+    assert says.partition(" .*")[0] in released.cli(*PREVIEW, "--company", first, "--keep", "90d", env=FLOOR).stdout
+    made = _json(released, *SET, "--company", second, "--keep", "90d", "--yes")
+    assert (_doomed(made), made["refused"]) == (_planned(released, PruneLogs()), [])
+
+
+def test_a_default_under_the_floor_is_overridden_by_a_policy(released: Deployment) -> None:
+    then = _planned(released, ArchiveTasks(older_than=_days(90)))
+    made = _json(released, "policy", "set", "--table", "issues", "--keep", "90d", "--reason", "x", "--yes")
+    assert (_doomed(made), made["refused"]) == (then, [])
+    _json(released, "plan", "archive-tasks")
+
+
+def test_the_policy_of_a_company_that_is_gone_can_be_changed(deployment: Deployment) -> None:
+    gone = str(uuid4())
+    columns, values = (
+        ("id, name, issue_prefix", "%s, 'x', 'x'") if deployment.layout == "paperclip" else ("id, name", "%s, 'x'")
+    )
+    deployment.query(f"INSERT INTO companies ({columns}) VALUES ({values})", gone)
+    _set(deployment, _days(30), company=gone)
+    deployment.query("DELETE FROM companies WHERE id = %s", gone)
+    company = ("--company", gone.upper())
+    assert _json(deployment, *SET, *company, "--keep", "90d", "--yes")["version"] == 2
+    assert _json(deployment, *REMOVE, *company, "--yes")["version"] == 3
+    refused(deployment, *SET, "--company", str(uuid4()), "--keep", "90d", says="there is no company")
+
+
+@pytest.mark.parametrize("form", [str.upper, lambda one: f"{{{one}}}"])
+def test_an_id_is_the_same_however_it_is_written(deployment: Deployment, form: Callable[[str], str]) -> None:
+    company = _companies(deployment)[0]
+    assert deployment.json(*SET, "--company", form(company), "--keep", "400d")["company"] == company
+    deployment.cli("holds", "add", "--company", form(company), "--reason", "x")
+    assert [one["target"] for one in deployment.json("holds", "list")["holds"]] == [company]
+
+
+def test_a_table_that_has_no_policy_is_told_those_that_do(released: Deployment) -> None:
+    refused(
+        released,
+        "policy",
+        "set",
+        "--table",
+        "tasks",
+        "--keep",
+        "1d",
+        "--reason",
+        "x",
+        says="tasks is not a log or the tasks' table of the paperclip layout; it has issues, activity_log, ",
+    )
+
+
+def test_a_table_that_cannot_be_pruned_can_be_kept_longer(released: Deployment) -> None:
+    released.query("CREATE TABLE notes (log uuid REFERENCES activity_log ON DELETE CASCADE)")
+    words = (*SET, "--keep", "3650d")
+    refused(released, *words, says="rows of notes refer to activity_log.*--yes")
+    assert "rows of notes refer to" in released.json(*words, "--yes")["refused"][0]["why"]
+
+
+def test_a_hold_is_released_whatever_is_wrong_with_a_policy(released: Deployment) -> None:
+    _set(released, _days(30))
+    hold = released.cli("holds", "add", "--table", "heartbeat_run_events", "--reason", "x").stdout.strip()
+    found = _json(released, "holds", "release", hold, "--reason", "over", "--yes")
+    events = PruneLogs(table="heartbeat_run_events")
+    assert _doomed(found) == _planned(released, events)
+    assert sorted(one["job"] for one in found["refused"]) == ["archive-tasks", "prune-logs"]
+
+
+def test_a_look_counts_no_row_that_merely_grew_old_meanwhile(released: Deployment) -> None:
+    first, second, _ = _companies(released)
+    released.query(
+        "INSERT INTO activity_log (company_id, actor_id, action, entity_type, entity_id, created_at) "
+        "SELECT %s, 'x', 'x', 'x', 'x', now() - interval '90 days' + n * interval '1 ms' "
+        "FROM generate_series(0, 30000) n",
+        first,
+    )
+    for company, days in ((second, 365), (None, 90)):
+        _, look = rules.look_at_policy(released.operations, table="activity_log", company=company, keep=_days(days))
+        assert (look.doomed, look.refused) == ([], [])
+
+
 def test_an_age_under_the_floor_is_refused_whoever_asks(released: Deployment) -> None:
     env = {"PAPERCLIP_WORKER_RETENTION_FLOOR": "60d"}
     before = world(released)
@@ -197,6 +318,14 @@ def test_bounds_that_contradict_each_other_are_a_fault_of_the_settings(released:
     refused(released, "plan", "prune-logs", says="FLOOR is over .*CEILING", env=env)
     refused(
         released, "plan", "prune-logs", says="FLOOR.*'soon' is not", env={"PAPERCLIP_WORKER_RETENTION_FLOOR": "soon"}
+    )
+    refused(
+        released,
+        *SET,
+        "--keep",
+        "120000w",
+        says="CEILING must not be longer than 100 years",
+        env={"PAPERCLIP_WORKER_RETENTION_CEILING": "999999w"},
     )
 
 

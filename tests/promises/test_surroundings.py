@@ -18,6 +18,7 @@ from tests.cli.helpers import INLINE, keys, least, refused, world
 from tests.conftest import NOW, Deployment
 from tests.promises.archived import complete, content, objects_of, prune, restore, store_of
 from worker import ledger
+from worker.errors import Refused
 from worker.layouts import demo_schema
 from worker.params import RunId
 
@@ -170,15 +171,43 @@ def test_rows_that_a_policy_hides_stop_the_prune(released: Deployment, table: st
 # -- what hangs on a row --------------------------------------------------------------------------------
 
 
-def test_rows_that_would_go_or_change_with_it_refuse_the_prune(released: Deployment) -> None:
-    for action in ("CASCADE", "SET NULL", "SET DEFAULT"):
-        released.query(
-            f"CREATE TABLE notes (id serial PRIMARY KEY, log uuid REFERENCES activity_log ON DELETE {action}); "
-            "INSERT INTO notes (log) SELECT id FROM activity_log"
-        )
-        _refused(released, "--older-than", "90d", says="rows of notes refer to activity_log by log")
-        refused(released, "plan", "prune-logs", says="rows of notes refer to activity_log by log")
-        released.query("DROP TABLE notes")
+_NAMESAKE = "plugin_x.decision_effect_executions"
+
+
+@pytest.mark.parametrize(
+    ("table", "action"),
+    [
+        ("notes", "CASCADE"),
+        (_NAMESAKE, "CASCADE"),
+        ("notes", "SET NULL"),
+        ("notes", "SET DEFAULT"),
+        ("notes", "NO ACTION"),
+        (_NAMESAKE, "RESTRICT"),
+    ],
+)
+def test_rows_that_refer_to_a_log_refuse_its_prune(released: Deployment, table: str, action: str) -> None:
+    """They would go or change with its rows, or forbid that those go; a namesake of what is known is not that."""
+    released.query("CREATE SCHEMA plugin_x")
+    released.query(
+        f"CREATE TABLE {table} (id serial, activity_log_id uuid REFERENCES activity_log ON DELETE {action}); "
+        f"INSERT INTO {table} (activity_log_id) SELECT id FROM activity_log"
+    )
+    says = f"rows of {table} refer to activity_log by activity_log_id"
+    _refused(released, "--older-than", "90d", says=says)
+    refused(released, "plan", "prune-logs", says=says)
+
+
+def test_a_key_that_forbids_a_delete_is_named_and_never_its_row(
+    released: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was added after the last look at the table."""
+    monkeypatch.setattr("worker.livetable.require_prunable", lambda *_, **__: None)
+    released.query("CREATE TABLE notes (log uuid CONSTRAINT notes_of_log REFERENCES activity_log)")
+    released.query("INSERT INTO notes SELECT id FROM activity_log")
+    with pytest.raises(Refused, match=r"by the foreign key notes_of_log \(SQLSTATE 23503\)$"):
+        complete(released, PruneLogs())
+    ((error,),) = released.query("SELECT error FROM paperclip_worker.runs")
+    assert "notes_of_log" in error
 
 
 @pytest.mark.parametrize(
@@ -192,6 +221,15 @@ def test_a_log_whose_rows_lie_in_other_tables_is_not_pruned(released: Deployment
     for one in statement.split(";"):
         released.query(one)
     _refused(released, says="plugin_logs is partitioned, or other tables inherit from it")
+
+
+def test_tasks_whose_rows_lie_in_other_tables_are_not_archived(deployment: Deployment) -> None:
+    table = "tasks" if deployment.layout == "guide" else "issues"
+    deployment.query(f"CREATE TABLE more_tasks () INHERITS ({table})")
+    before = world(deployment)
+    for words in (("plan", "archive-tasks"), ("run", "archive-tasks", "--inline", "--yes")):
+        refused(deployment, *words, says=f"{table} is partitioned, or other tables inherit from it")
+    assert world(deployment) == before
 
 
 # -- columns of other releases --------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from worker.states import ACTIVE, SETTLED
 if TYPE_CHECKING:
     from worker.config import Need, Settings
     from worker.operations import Operations
+    from worker.rules import Look
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -233,12 +234,14 @@ def print_result(result: dict[str, Any]) -> None:
         click.echo(f"anchor {result['anchor']['key']}" + (f", locked until {until}" if until else ""))
 
 
-def print_doomed(doomed: Sequence[dict[str, Any]]) -> None:
-    """Rows that the next runs would take and so far would not."""
-    click.echo(f"the next runs would take {number(sum(one['rows'] for one in doomed))} rows more")
-    if doomed:
+def print_look(look: Look) -> None:
+    """Rows that the next runs would take and so far would not, and the jobs of which that cannot be told."""
+    click.echo(f"the next runs would take {number(sum(one['rows'] for one in look.doomed))} rows more")
+    if look.doomed:
         header = ("job", "table", "company", "rows")
-        print_rows(header, [[one[name] for name in header] for one in doomed])
+        print_rows(header, [[one[name] for name in header] for one in look.doomed])
+    for one in look.refused:
+        click.echo(f"cannot be told of {one['job']}, as runs would be refused: {one['why']}")
 
 
 def print_left(left: Sequence[dict[str, Any]]) -> None:

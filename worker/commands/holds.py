@@ -110,14 +110,14 @@ def release(*, hold: str, reason: str, yes: bool, actor: str | None, as_json: bo
 
     rules.require_reason(reason)
     deployment = common.operations()
-    found, doomed = rules.look_at_release(deployment, hold, _scheduled(deployment))
+    found, look = rules.look_at_release(deployment, hold, _scheduled(deployment))
     common.require_answer(yes=yes, as_json=as_json, what=f"{found.kind} {found.target} would no longer be held")
     if not as_json:
-        common.print_doomed(doomed)
+        common.print_look(look)
     common.confirm(found.target, yes=yes)
     rules.release_hold(deployment, found, reason=reason, actor=actor or common.login())
     if as_json:
-        common.print_json({"id": str(found.id), "state": "released", "next_runs": doomed})
+        common.print_json({"id": str(found.id), "state": "released", **look.to_json()})
     else:
         click.echo(f"released {found.id}")
 

@@ -53,7 +53,7 @@ def set_policy(
     """Enter a policy, or its next version.
 
     One that keeps shorter shows the rows it newly dooms and asks; it takes effect with the next run. One that keeps
-    longer takes effect with the next batch.
+    longer takes effect with the next batch. Where runs would be refused it says why nothing can be shown, and asks.
     """
     _change(table, company, keep, reason=reason, yes=yes, actor=actor, as_json=as_json)
 
@@ -82,11 +82,11 @@ def preview(table: str, company: str | None, keep: timedelta, as_json: bool) -> 
     """Show the rows that a policy would newly doom. Changes nothing."""
     from worker import rules
 
-    _, doomed = rules.look_at_policy(common.operations(), table=table, company=company, keep=keep)
+    _, look = rules.look_at_policy(common.operations(), table=table, company=company, keep=keep)
     if as_json:
-        common.print_json({"table": table, "keep": params.duration_text(keep), "next_runs": doomed})
+        common.print_json({"table": table, "keep": params.duration_text(keep), **look.to_json()})
     else:
-        common.print_doomed(doomed)
+        common.print_look(look)
 
 
 @policy.command("list")
@@ -126,18 +126,21 @@ def _change(
 
     rules.require_reason(reason)
     deployment = common.operations()
-    whose, doomed = rules.look_at_policy(deployment, table=table, company=company, keep=keep)
-    if doomed:
-        what = f"it newly dooms {sum(one['rows'] for one in doomed)} rows of {table}"
+    whose, look = rules.look_at_policy(deployment, table=table, company=company, keep=keep)
+    if look.doomed or look.refused:
+        what = f"it newly dooms {sum(one['rows'] for one in look.doomed)} rows of {table}"
+        if look.refused:
+            why = "; ".join(one["why"] for one in look.refused)
+            what = f"what it dooms in {table} cannot be told, as runs would be refused ({why})"
         common.require_answer(yes=yes, as_json=as_json, what=what)
         if not as_json:
-            common.print_doomed(doomed)
+            common.print_look(look)
         common.confirm(table, yes=yes)
     made = rules.set_policy(
         deployment, table=table, company=whose, keep=keep, reason=reason, actor=actor or common.login()
     )
     if as_json:
-        common.print_json({**made.to_json(), "next_runs": doomed})
+        common.print_json({**made.to_json(), **look.to_json()})
     else:
         held = f"keep {params.duration_text(made.keep)}" if made.keep else "taken back"
         click.echo(f"{table}, {whose or 'every company without its own'}: {held} (version {made.version})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -242,10 +242,15 @@ class Layout:
 
     def records(self, name: str) -> Records:
         """The log or the tasks' table of that name. Refused as for `log`."""
-        return self.tasks if name == self.tasks.name else self.log(name)
+        if name == self.tasks.name:
+            return self.tasks
+        return self._log(name, "a log or the tasks' table", (self.tasks.name, *self.logs))
 
     def log(self, name: str) -> LogTable:
         """The log table of that name. Refused, with the reason, when its rows must not be pruned."""
+        return self._log(name, "a log", self.logs)
+
+    def _log(self, name: str, what: str, names: Iterable[str]) -> LogTable:
         if found := self.logs.get(name):
             return found
         from worker.layouts import catalogue  # noqa: PLC0415 - read only to say why not
@@ -253,4 +258,4 @@ class Layout:
         known = catalogue.load(self.name).tables.get(name)
         if known is not None:
             raise Refused(f"--table: {name} is never pruned by age: {known.reason or 'it is not a log'}")
-        raise Refused(f"--table: {name} is not a log of the {self.name} layout; logs: {', '.join(self.logs)}")
+        raise Refused(f"--table: {name} is not {what} of the {self.name} layout; it has {', '.join(names)}")
