@@ -1,14 +1,12 @@
 """The only loop: take a bite, commit, look again; then verify, finish, settle.
 
-One bite is one transaction in which a shard's cursor and the effect it stands for commit together, so a kill at
-any instant loses nothing and repeats nothing. Any number of workers may run `work` for one run.
+Any number of workers may run `work` for one run.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,10 +14,8 @@ from uuid import UUID
 
 from worker import (
     anchors,
-    archive,
     audit,
     db,
-    holds,
     layouts,
     ledger,
     ledger_shards,
@@ -28,17 +24,15 @@ from worker import (
     registry,
     settle,
 )
+from worker.bites import Bites
 from worker.errors import Contended, DatabaseGone, Refused, Transient, Waits, WorkerError
 from worker.logs import log
 from worker.means import Means
-from worker.plans import Tally
 from worker.states import ACTIVE, SETTLED, State
-from worker.throttle import Throttle
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-    from worker.archive import ArchivedObject
     from worker.config import Settings
     from worker.job import Job
     from worker.ledger import Run
@@ -49,8 +43,6 @@ MOST_FAULTS = 10
 _LONGEST_REST = 5.0
 # A settlement waits for the bucket no longer than for so many receipts; the next, or the rescue, has the rest.
 MOST_ANCHORED = 200
-# Whatever settles a run commits after its bites and does wait, and the log is written in order.
-_NEED_NOT_LAST = "SET LOCAL synchronous_commit = off"
 
 
 class Outcome(Enum):
@@ -71,14 +63,7 @@ class Runner:
         self._engine = engine
         self._store = store
         self._signer = audit.Signer.load(settings.signing_key_file)
-        self._throttle = Throttle(settings)
-        self._contended = False
-        # The run whose bites are being taken, as it was when they began.
-        self._running: Run | None = None
-        # What the operator was last asked for; it stands until a bite went on.
-        self._asked: str | None = None
-        # Of the run whose bites are being taken, the stage they are of.
-        self._stage: int | None = None
+        self._bites = Bites(settings, transaction=self._transaction, means=self._means)
         self._faulty: UUID | None = None
         self._faults = 0
 
@@ -96,7 +81,7 @@ class Runner:
         retried; any other ends the run as failed, with a receipt, and is raised.
         """
         until = time.monotonic() + seconds
-        self._running = self._stage = None
+        self._bites.leave()
         if self._faulty != run:
             self._faulty, self._faults = run, 0
         while True:
@@ -127,9 +112,10 @@ class Runner:
 
     def _advance(self, run_id: UUID, call_help: Callable[[int], None]) -> Outcome | None:
         """One step of the run, whatever it needs next; None to be called again."""
-        if self._running and self._running.id == run_id:
+        running = self._bites.running
+        if running and running.id == run_id:
             # `take_shard` looks at the state itself, so between bites the run need not be read again.
-            return self._rest_or_bite(self._running, call_help)
+            return self._bite(running, call_help)
         with self._transaction() as connection:
             run = ledger.get(connection, run_id)
         if run is None:
@@ -137,78 +123,12 @@ class Runner:
         if run.state is State.QUEUED:
             return self._open(run_id, call_help)
         if run.state is State.RUNNING:
-            self._running = run
-            return self._rest_or_bite(run, call_help)
+            return self._bite(run, call_help)
         steps = {State.VERIFYING: self._verify, State.FINISHING: self._finish, State.STOPPING: self._stop}
         return steps[run.state](run_id) if run.state in steps else Outcome.SETTLED
 
-    # -- one bite -------------------------------------------------------------------------------------
-
-    def _rest_or_bite(self, run: Run, call_help: Callable[[int], None]) -> Outcome | None:
-        if (run.waiting or self._throttle.due()) and self._rest(run):
-            return None
-        if self._bite(run, call_help):
-            return None
-        self._running = None
-        return self._close_sweep(run)
-
-    def _rest(self, run: Run) -> bool:
-        """Rest a moment when the server is under pressure, and say why where operators look."""
-        asked = run.waiting is not None and run.waiting == self._asked
-        with self._transaction() as connection:
-            pressure = self._throttle.pressure(connection)
-            if pressure:
-                ledger.note_wait(connection, run.id, pressure.text, kind=pressure.kind, seconds=1)
-            elif run.waiting and not asked:
-                ledger.note_wait(connection, run.id, None, kind="rested", seconds=0)
-        left = run.waiting if asked else None
-        self._running = replace(run, waiting=pressure.text if pressure else left)
-        if pressure is None:
-            return False
-        log.info("run rests", run=str(run.id), kind=pressure.kind)
-        time.sleep(1)
-        return True
-
-    def _bite(self, run: Run, call_help: Callable[[int], None]) -> bool:
-        """Take one batch of one shard; False when no shard is free."""
-        job = params.from_json(registry.job(run.job), run.params)
-        asked = self._throttle.rows(contended=self._contended)
-        began = time.monotonic()
-        modes = [db.SEES_COMMITS] * job.read_committed + [_NEED_NOT_LAST] * job.repeatable
-        with self._transaction(first="; ".join([*modes, holds.SHARED])) as connection:
-            held = ledger_shards.take_shard(connection, run.id)
-            if held is None:
-                return False
-            if self._stage not in (None, held.shard.stage):
-                # Who found nothing to do in the stage before has gone.
-                self._call_help(ledger_shards.unfinished(connection, run, stage=held.shard.stage), call_help)
-            self._stage = held.shard.stage
-            means = self._means(connection, run, contended=self._contended)
-            batch = job.claim(means, held.shard, held.cursor, asked)
-            objects: tuple[ArchivedObject, ...] = ()
-            tally, cursor = Tally(), held.cursor
-            locked = time.monotonic()
-            if batch is not None:
-                batch, objects = job.preserve(means, batch)
-                locked = time.monotonic() if not self._contended else locked
-                tally, cursor = job.apply(means, batch), batch.after
-                archive.require_exact(objects, tally)
-            ledger_shards.record_bite(
-                connection,
-                held,
-                cursor=cursor,
-                tally=tally,
-                done=batch is None or batch.exhausted,
-                objects=objects,
-                seconds=time.monotonic() - began,
-            )
-        seconds = time.monotonic() - locked
-        self._asked = None
-        if not self._contended:
-            self._throttle.observe(asked=asked, seconds=seconds, copied=sum(one.raw_bytes for one in objects))
-        self._contended = False
-        log.debug("bite committed", run=str(run.id), shard=held.number, rows=tally.total.rows, seconds=seconds)
-        return True
+    def _bite(self, run: Run, call_help: Callable[[int], None]) -> Outcome | None:
+        return None if self._bites.go_on(run, call_help) else self._close_sweep(run)
 
     # -- the steps around the bites ---------------------------------------------------------------------
 
@@ -227,12 +147,8 @@ class Runner:
             number = ledger_shards.add_shards(connection, run.id, run.sweep, job.shards(means, plan))
             ledger.step(connection, run, State.RUNNING)
         log.info("run laid out", run=str(run_id), job=run.job, shards=number, rows=plan.tally.total.rows)
-        self._call_help(number, call_help)
+        self._bites.call_help(number, call_help)
         return None
-
-    def _call_help(self, shards: int, call_help: Callable[[int], None]) -> None:
-        if (helpers := min(shards, self._settings.parallel) - 1) > 0:
-            call_help(helpers)
 
     def _close_sweep(self, run: Run) -> Outcome | None:
         with self._transaction() as connection:
@@ -285,12 +201,8 @@ class Runner:
     # -- faults ---------------------------------------------------------------------------------------
 
     def _after_fault(self, run: UUID, fault: Transient, faults: int) -> None:
-        self._running = None
         log.warning("bite rolled back", run=str(run), fault=type(fault).__name__, faults=faults)
-        if isinstance(fault, Contended):
-            # First leave out what others hold; the second sweep comes back for it.
-            self._contended = True
-            self._throttle.shrink()
+        self._bites.fail(contended=isinstance(fault, Contended))
         if faults >= MOST_FAULTS:
             self._faults = 0
             if not isinstance(fault, DatabaseGone):
@@ -302,8 +214,7 @@ class Runner:
         """Say what a run waits for, a moment long; it is no fault however long it takes."""
         with self._transaction() as connection:
             ledger.note_wait(connection, run, what, kind="operator", seconds=1)
-        self._asked = what
-        self._running = None
+        self._bites.ask(what)
         time.sleep(1)
 
     def give_up(self, run_id: UUID, error: str) -> None:
