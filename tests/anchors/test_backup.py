@@ -44,8 +44,11 @@ def test_the_chain_goes_on_below_a_new_prefix(
     there = keys(back)
     for key in there:
         if key.startswith("archive/"):
-            source = {"Bucket": embedded.BUCKET, "Key": old + key}
-            client.copy_object(Bucket=embedded.BUCKET, Key=f"again-{old}{key}", CopySource=source)
+            client.copy_object(
+                Bucket=embedded.BUCKET,
+                Key=f"again-{old}{key}",
+                CopySource={"Bucket": embedded.BUCKET, "Key": old + key},
+            )
     new = on(back, s3_prefix=f"again-{old}")
     new.cli("receipts", "anchor", "--all")
     new.cli("run", "restore-logs", "--run", archived, "--inline", "--yes")
