@@ -79,7 +79,6 @@ class Version:
 
     id: str
     size: int
-    at: datetime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +247,7 @@ class S3Store:
             )
             for page in pages:
                 found: list[tuple[str, Version | None]] = [
-                    (item["Key"], Version(id=item["VersionId"], size=item["Size"], at=item["LastModified"]))
+                    (item["Key"], Version(id=item["VersionId"], size=item["Size"]))
                     for item in page.get("Versions", [])
                 ]
                 found += [(item["Key"], None) for item in page.get("DeleteMarkers", [])]

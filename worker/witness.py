@@ -50,7 +50,7 @@ class Testimony:
 
     @property
     def locked(self) -> bool:
-        """Whether the store confirms a retention for every object that has not ended."""
+        """Whether the store confirms for every object a retention that has not ended."""
         return self.locked_until is not None and not self.unlocked
 
     def to_json(self) -> dict[str, Any]:
