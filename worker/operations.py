@@ -11,7 +11,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import anchors, archive, audit, db, layouts, ledger, ledger_shards, params, registry, timetable
+from worker import anchors, archive, audit, db, layouts, ledger, ledger_shards, params, registry
 from worker.errors import Refused
 from worker.job import REHEARSAL, Job, Overdue
 from worker.means import IN_FORCE, Means, Rules
@@ -66,6 +66,8 @@ class Operations:
 
         A deployment whose schedule archives nothing may do without a bucket.
         """
+        from worker import timetable  # noqa: PLC0415 - it loads Celery, which commands can do without
+
         self.runner()
         with self.transaction() as connection:
             ledger.require(connection)
