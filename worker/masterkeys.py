@@ -5,7 +5,7 @@ Holds fingerprints and ciphertext, never a key.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from worker import keyfile, keyring
 from worker.errors import Refused
 from worker.ledger import RUNS, SCHEMA
 from worker.pgtypes import Xid8
+from worker.states import ACTIVE, RESUMABLE
 
 if TYPE_CHECKING:
     from worker.keyring import MasterKey
@@ -200,6 +201,27 @@ def counts(connection: sa.Connection) -> list[dict[str, Any]]:
         {name: value.isoformat() if name in times and value else value for name, value in row._asdict().items()}
         for row in rows
     ]
+
+
+def newest(connection: sa.Connection) -> Rotation | None:
+    """The rotation that brought the key in use; None where none has cut over."""
+    return next((one for one in every(connection) if one.cut_over_at), None)
+
+
+def retired(connection: sa.Connection, fingerprint: str) -> bool:
+    """Whether a key was destroyed for good, and is under no seal since."""
+    of_key = [one for one in every(connection) if one.old_key == fingerprint]
+    return any(one.retired_at for one in of_key) and not any(one.sealed for one in of_key)
+
+
+def bringing(connection: sa.Connection, fingerprints: Collection[str]) -> Rotation | None:
+    """A rotation to one of these keys that has not cut over, and may do so still."""
+    alive = set(connection.scalars(sa.select(RUNS.c.id).where(RUNS.c.state.in_(ACTIVE | RESUMABLE))))
+    for one in every(connection):
+        waits = one.run_id in alive and one.cut_over_at is None and one.sealed is not None
+        if waits and one.new_key in fingerprints and superseded(connection, one) is None:
+            return one
+    return None
 
 
 def under_seal(connection: sa.Connection) -> list[Rotation]:

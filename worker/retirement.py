@@ -80,6 +80,11 @@ class Retiring:
         for one in self.due:
             if one.old_key == self._current.fingerprint:
                 raise Refused(f"the key {one.old_key} is the one in use; it cannot be retired")
+        if back := masterkeys.bringing(self._connection, going):
+            raise Refused(
+                f"run {back.run_id} may still be resumed and brings back the key {back.new_key}; resume it, or "
+                "rotate to another key first"
+            )
         for one in masterkeys.under_seal(self._connection):
             if one.new_key in going and one.old_key not in {*going, self._current.fingerprint}:
                 raise Refused(f"the key {one.old_key} is sealed under {one.new_key}; retire {one.old_key} first")
