@@ -94,7 +94,7 @@ class Rotation:
 
 
 def staged_name(run: UUID) -> str:
-    return f"master.key.paperclip-worker-{run}"
+    return f"{keyfile.STAGED}{run}"
 
 
 def begin(connection: sa.Connection, run: UUID, **values: Any) -> None:
