@@ -134,6 +134,18 @@ def room(path: Path) -> None:
         raise Refused(f"{directory} has no room left for a new key file; free some space")
 
 
+def only_name(path: Path) -> None:
+    """Refused when the key file has another name: that would keep the old key, and who reads by it as well."""
+    real = _real(path)
+    with _said(real, "looked at"):
+        names = real.stat().st_nlink
+    if names > 1:
+        raise Refused(
+            f"{real} has {names} names (hard links), and only this one would get the new key; remove the others, or "
+            "make them symbolic links to it"
+        )
+
+
 def writable(path: Path) -> None:
     """Refused when this process may not put a file of the same owner in the key file's place. Writes nothing."""
     real = _real(path)

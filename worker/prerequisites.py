@@ -31,6 +31,8 @@ def require_exchangeable(keys: Keys, journal: Rotation | None, *, file: bool) ->
         return
     if path is None:
         raise Refused("the key comes from PAPERCLIP_SECRETS_MASTER_KEY, which no file replaces; use --cutover manual")
+    if journal is None or journal.cut_over_at is None:
+        keyfile.only_name(path)
     keyfile.room(path)
     keyfile.writable(path)
 
