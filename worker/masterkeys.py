@@ -224,6 +224,13 @@ def bringing(connection: sa.Connection, fingerprints: Collection[str]) -> Rotati
     return None
 
 
+def allowed_columns(connection: sa.Connection, fingerprint: str) -> set[str]:
+    """The columns that operators named when they rotated this key away: what is in them is theirs."""
+    runs = [one.run_id for one in every(connection) if one.old_key == fingerprint and one.finished_at]
+    found = connection.scalars(sa.select(RUNS.c.params).where(RUNS.c.id.in_(runs)))
+    return {name for params in found for name in params.get("allow_column", ())}
+
+
 def under_seal(connection: sa.Connection) -> list[Rotation]:
     """The rotations whose old key is still there under seal, the one due first first."""
     found = (one for one in every(connection) if one.finished_at and one.sealed is not None)
@@ -270,14 +277,28 @@ def journalled(means: Means, rotation: Rotation, *, new_key_file: str | None) ->
     return Keys(old=found[rotation.old_key], new=found[rotation.new_key], source=source)
 
 
+def seals(connection: sa.Connection) -> list[Rotation]:
+    """Every rotation that has its old key under seal, come to its end or not."""
+    return [one for one in every(connection) if one.sealed is not None]
+
+
+def reachable(connection: sa.Connection, start: str, *, without: Collection[str] = ()) -> set[str]:
+    """The keys that can be had from this one, by the seals they lie under, once those `without` are destroyed."""
+    sealed, found, more = seals(connection), set[str](), {start}
+    while more:
+        found |= more
+        more = {one.old_key for one in sealed if one.new_key in found} - found - set(without)
+    return found
+
+
 def unseal(connection: sa.Connection, found: dict[str, MasterKey]) -> None:
     """Add to the keys found every older one under their seal, and under the seals of those."""
     # One key may lie under several seals: rotations that were rolled back, and tried again.
-    sealed, before = every(connection), -1
+    sealed, before = seals(connection), -1
     while len(found) > before:
         before = len(found)
         for one in sealed:
-            if one.old_key not in found and one.sealed is not None and (under := found.get(one.new_key)):
+            if one.old_key not in found and one.sealed and (under := found.get(one.new_key)):
                 found[one.old_key] = keyring.open_key(one.sealed, under=under)
 
 

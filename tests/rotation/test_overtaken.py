@@ -355,6 +355,41 @@ def test_a_run_whose_old_key_is_under_no_seal_any_more_does_not_cut_over(release
     assert vault.opened(vault.key) == vault.held
 
 
+@pytest.mark.parametrize(
+    ("retired", "stays", "free"), [(0, "the key {1} is sealed under {0}; retire {1} first", False), (1, "", True)]
+)
+def test_a_key_that_lies_under_two_seals_is_not_lost_with_one(
+    released_vault: Vault, retired: int, stays: str, free: bool
+) -> None:
+    """There and back and on to a third: each of the two lies under the other, and the first under the third too."""
+    vault = released_vault
+    first = vault.run("--generate")
+    keys = [vault.key, vault.now]
+    assert vault.run("--rollback", first["run"])["kept"]
+    assert vault.run("--generate")["kept"]
+    words = ("keys", "retire", keys[retired].fingerprint, "--inline", "--yes")
+    if not free:
+        _refused(vault, *words, says=stays.format(*(one.fingerprint for one in keys)))
+        return
+    assert vault.deployment.json(*words)["kept"]
+    found = {vault.now.fingerprint: vault.now}
+    with vault.deployment.operations.transaction(read_only=True) as connection:
+        masterkeys.unseal(connection, found)
+    assert list(found.values()) == [vault.now, keys[0]]
+    assert vault.deployment.json("keys", "retire", keys[0].fingerprint, "--inline", "--yes")["kept"]
+
+
+def test_a_key_whose_time_is_over_goes_though_one_that_stays_lies_under_it_as_well(released_vault: Vault) -> None:
+    vault = released_vault
+    first = vault.run("--generate")
+    second = vault.now
+    back = vault.run("--rollback", first["run"], "--retire-after", "1d")
+    assert vault.run("--generate")["kept"]
+    _end(vault, back["run"])
+    assert vault.deployment.json(*RETIRE)["receipt"]["evidence"]["retired"] == [second.fingerprint]
+    assert vault.opened(vault.now) == vault.held
+
+
 def test_the_only_copy_of_a_key_is_not_removed_while_something_opens_with_none(released_vault: Vault) -> None:
     vault = released_vault
     first = steps.start(vault, generate=True)
