@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 from tasks.rotate_master_key import RotateMasterKey
 from worker.job import Batch, Job, Overdue, Right, Shard, Verdict
@@ -77,16 +76,13 @@ class RetireMasterKey(Job):
         return (Overdue(table="rotations", rows=len(due), oldest=oldest),)
 
     def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:
-        for rotation in means.retiring(self.key).swept:
-            spec = {"rotation": str(rotation.run_id)}
-            yield Shard(key=f"sweep:{rotation.old_key}", rows=plan.tally.total.rows, spec=spec)
+        yield from means.retiring(self.key).shards(plan.tally.total.rows)
 
     def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:  # noqa: ARG002 - all there is, which is little
-        found = means.retiring(self.key).sweep(UUID(shard.spec["rotation"]))
-        return Batch(after={"found": found}, exhausted=not found, spec={"swap": bool(found)})
+        return means.retiring(self.key).claim(shard, after)
 
     def apply(self, means: Means, batch: Batch) -> Tally:
-        return means.retiring(self.key).swap() if batch.spec["swap"] else Tally()
+        return means.retiring(self.key).swap() if batch.spec.get("swap") else Tally()
 
     def verify(self, means: Means) -> Verdict:
         return means.retiring(self.key).verdict()

@@ -109,6 +109,9 @@ class RotateMasterKey(Job):
             yield Right(verb="UPDATE", table=carrier.table)
 
     def check(self, means: Means) -> None:
+        # Not of a run that an earlier release entered: it may have cut over.
+        if means.run is None and self.new_key_file is not None and not self.new_key_file.startswith("/"):
+            raise Refused("--new-key-file must be an absolute path: the workers start from other directories")
         means.rotating(self).require_possible(self)
 
     def foresee(self, means: Means) -> None:

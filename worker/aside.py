@@ -164,7 +164,7 @@ class Aside:
         if rows := self._connection.execute(query).scalar_one():
             raise Refused(
                 f"{rows} rows of {carrier.table.name} do not take new ciphertext: a trigger or rule of the host's "
-                "keeps them as they are; the key was not exchanged"
+                "keeps them as they are; no key was exchanged or retired"
             )
 
     def _ready_rows(self) -> sa.Select[int]:

@@ -41,6 +41,7 @@ def settle_file(keys: Keys, journal: Rotation) -> None:
         keyfile.swap(path, keyfile.stage(path, keys.old, aside), expected=keys.new)
     # Also what was left by one that was killed here.
     keyfile.unstage(keyfile.staged_path(path, aside))
+    keyfile.clear(path)
 
 
 def swap_file(keys: Keys, journal: Rotation) -> None:

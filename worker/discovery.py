@@ -5,7 +5,7 @@ A column that is not of the catalogue's carriers and holds an envelope would be 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 KEY = "discover"
 # Blocks a bite reads, with what is TOASTed besides.
 _WINDOW = 4_096
+# Values a look at what was found reads at once; each may be large.
+_FETCHED = 100
 
 # Of the whole table: where only some columns may be read, its windows may not. Partitions are read as what they are,
 # tables; what is ours, temporary or the server's own is not the host's.
@@ -45,9 +47,9 @@ _COLUMNS = sa.text(
 )
 
 
-def shards(connection: sa.Connection, layout: Layout, allowed: tuple[str, ...]) -> Iterator[Shard]:
+def shards(connection: sa.Connection, layout: Layout, allowed: Collection[str]) -> Iterator[Shard]:
     """Shards of tables with columns to look into. Refused, with one named, where a column may not be read."""
-    known = {f"public.{one.name}" for one in layout.carriers} | set(map(_whole, allowed))
+    known = {f"public.{one.name}" for one in layout.carriers} | set(map(whole, allowed))
     tables: dict[tuple[str, str], dict[str, Any]] = {}
     for schema, table, column, readable, blocks in connection.execute(_COLUMNS):
         if f"{schema}.{table}.{column}" in known:
@@ -71,11 +73,12 @@ def shards(connection: sa.Connection, layout: Layout, allowed: tuple[str, ...]) 
 def require_columns(connection: sa.Connection, allowed: Iterable[str]) -> None:
     """Refused when one of these names is that of no text or JSON column."""
     there = {f"{schema}.{table}.{column}" for schema, table, column, *_ in connection.execute(_COLUMNS)}
-    if unknown := [name for name in allowed if _whole(name) not in there]:
+    if unknown := [name for name in allowed if whole(name) not in there]:
         raise Refused(f"--allow-column: {unknown[0]} is no text or JSON column of a table; give TABLE.COLUMN")
 
 
-def _whole(name: str) -> str:
+def whole(name: str) -> str:
+    """The column's name with its schema."""
     return name if name.count(".") > 1 else f"public.{name}"
 
 
@@ -84,7 +87,8 @@ def _require_readable(tables: Iterable[Mapping[str, Any]]) -> None:
     if unread:
         raise Refused(
             f"{len(unread)} columns cannot be looked into, {unread[0]} among them; apply the SQL "
-            "that `paperclip-worker db grants --job rotate-master-key` prints, or name them with --allow-column"
+            "that `paperclip-worker db grants --job rotate-master-key` prints, or name them with --allow-column "
+            "when the key is rotated"
         )
 
 
@@ -129,12 +133,15 @@ def _readable(connection: sa.Connection, spec: Mapping[str, Any]) -> bool:
     return connection.scalar(sa.select(sa.func.to_regclass(name).is_not(None))) is True
 
 
+# Somebody may write of the scheme; an envelope has its other fields beside it.
+_HOLDS = "{0}::text LIKE :scheme AND {0}::text LIKE '%ciphertext%'"
+
+
 def _query(
     connection: sa.Connection, scheme: str, spec: Mapping[str, Any], start: int, end: int | None
 ) -> sa.TextClause:
     quote = connection.dialect.identifier_preparer.quote
-    # Somebody may write of the scheme; an envelope has its other fields beside it.
-    holds = "count(*) FILTER (WHERE {0}::text LIKE :scheme AND {0}::text LIKE '%ciphertext%')"
+    holds = f"count(*) FILTER (WHERE {_HOLDS})"
     columns = ", ".join(holds.format(quote(column)) for column in spec["columns"])
     table = f"{quote(spec['schema'])}.{quote(spec['table'])}"
     until = f" AND ctid < '({end},0)'::tid" if end is not None else ""
@@ -148,3 +155,25 @@ def found(connection: sa.Connection, run: UUID) -> dict[str, int]:
     for _, cursor in ledger_shards.cursors(connection, run, f"{KEY}:"):
         named |= cursor.get("found", {})
     return named
+
+
+def done(connection: sa.Connection, run: UUID) -> bool:
+    """Whether a run looked anywhere at all: there is no database without a text column."""
+    return bool(ledger_shards.cursors(connection, run, f"{KEY}:"))
+
+
+def texts(connection: sa.Connection, scheme: str, run: UUID) -> Iterator[tuple[str, bytes]]:
+    """Every value with an envelope, as it is now, in the columns where a run's shards found one; with the column."""
+    quote = connection.dialect.identifier_preparer.quote
+    columns = found(connection, run)
+    for shard, _ in ledger_shards.cursors(connection, run, f"{KEY}:"):
+        for spec in shard["tables"]:
+            place = f"{quote(spec['schema'])}.{quote(spec['table'])}"
+            for column in spec["columns"]:
+                name = f"{spec['schema']}.{spec['table']}.{column}"
+                if name in columns and _readable(connection, spec):
+                    query = f"SELECT {quote(column)}::text FROM {place} WHERE {_HOLDS.format(quote(column))}"
+                    rows = connection.execute(
+                        sa.text(query), {"scheme": f"%{scheme}%"}, execution_options={"yield_per": _FETCHED}
+                    )
+                    yield from ((name, str(value).encode()) for value in rows.scalars())

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from worker.errors import Refused
-from worker.keyring import MasterKey, read
+from worker.keyring import BadKey, MasterKey, decode, read
 
+# What the names of all staged files begin with, and those of what is being written end with.
+STAGED = "master.key.paperclip-worker-"
+_PART = ".paperclip-worker-part"
 _BYTES = 64 << 10
 _FILES = 8
 
@@ -82,6 +85,45 @@ def unstage(staged: Path) -> None:
         _flush_directory(staged.parent)
 
 
+def clear(path: Path) -> None:
+    """Remove what a swap that was killed left of the next key file; done before is done."""
+    real = _real(path)
+    with _said(real):
+        _partial(real).unlink(missing_ok=True)
+        _flush_directory(real.parent)
+
+
+def remove(path: Path, keys: Collection[MasterKey]) -> list[str]:
+    """Remove what we left beside the key file with one of these keys in it, or the beginning of one; the names.
+
+    Refused where that cannot be told, or not be done.
+    """
+    real = _real(path)
+    with _said(real.parent, "searched"):
+        ours = [one for one in real.parent.iterdir() if one.name.startswith(STAGED) or one.name.endswith(_PART)]
+    found = [one for one in sorted(ours) if one != real and _holds(one, keys)]
+    for one in found:
+        with _said(one, "removed"):
+            one.unlink()
+    with _said(real.parent):
+        _flush_directory(real.parent)
+    return [one.name for one in found]
+
+
+def _holds(path: Path, keys: Collection[MasterKey]) -> bool:
+    with _said(path, "read"):
+        if path.is_symlink() or not path.is_file():
+            raise Refused(f"{path} is not a regular file; find out whose it is and remove it")
+        content = path.read_bytes()
+    # A write that was cut short holds no key, but nearly all of one.
+    if any(key.text.encode("ascii").startswith(content) for key in keys):
+        return True
+    try:
+        return decode(content) in keys
+    except BadKey:
+        return False
+
+
 def room(path: Path) -> None:
     """Refused when the key file's directory has no room for the staged files."""
     directory = _real(path).parent
@@ -90,6 +132,18 @@ def room(path: Path) -> None:
     # No inodes at all: a filesystem that does not count them.
     if free.f_bavail * free.f_frsize < _BYTES or (free.f_files and free.f_favail < _FILES):
         raise Refused(f"{directory} has no room left for a new key file; free some space")
+
+
+def only_name(path: Path) -> None:
+    """Refused when the key file has another name: that would keep the old key, and who reads by it as well."""
+    real = _real(path)
+    with _said(real, "looked at"):
+        names = real.stat().st_nlink
+    if names > 1:
+        raise Refused(
+            f"{real} has {names} names (hard links), and only this one would get the new key; remove the others, or "
+            "make them symbolic links to it"
+        )
 
 
 def writable(path: Path) -> None:
@@ -170,7 +224,7 @@ def _whose(path: Path, owner: os.stat_result) -> str:
 
 
 def _partial(target: Path) -> Path:
-    return target.with_name(f".{target.name}.paperclip-worker-part")
+    return target.with_name(f".{target.name}{_PART}")
 
 
 def _real(path: Path) -> Path:
@@ -186,9 +240,9 @@ def _flush_directory(directory: Path) -> None:
 
 
 @contextmanager
-def _said(path: Path) -> Iterator[None]:
+def _said(path: Path, done: str = "written") -> Iterator[None]:
     """An OSError as one sentence about `path`."""
     try:
         yield
     except OSError as error:
-        raise Refused(f"{path} cannot be written: {error.strerror}") from error
+        raise Refused(f"{path} cannot be {done}: {error.strerror}") from error

@@ -5,7 +5,7 @@ Holds fingerprints and ciphertext, never a key.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from worker import keyfile, keyring
 from worker.errors import Refused
 from worker.ledger import RUNS, SCHEMA
 from worker.pgtypes import Xid8
+from worker.states import ACTIVE, RESUMABLE
 
 if TYPE_CHECKING:
     from worker.keyring import MasterKey
@@ -93,7 +94,7 @@ class Rotation:
 
 
 def staged_name(run: UUID) -> str:
-    return f"master.key.paperclip-worker-{run}"
+    return f"{keyfile.STAGED}{run}"
 
 
 def begin(connection: sa.Connection, run: UUID, **values: Any) -> None:
@@ -202,6 +203,34 @@ def counts(connection: sa.Connection) -> list[dict[str, Any]]:
     ]
 
 
+def newest(connection: sa.Connection) -> Rotation | None:
+    """The rotation that brought the key in use; None where none has cut over."""
+    return next((one for one in every(connection) if one.cut_over_at), None)
+
+
+def retired(connection: sa.Connection, fingerprint: str) -> bool:
+    """Whether a key was destroyed for good, and is under no seal since."""
+    of_key = [one for one in every(connection) if one.old_key == fingerprint]
+    return any(one.retired_at for one in of_key) and not any(one.sealed for one in of_key)
+
+
+def bringing(connection: sa.Connection, fingerprints: Collection[str]) -> Rotation | None:
+    """A rotation to one of these keys that has not cut over, and may do so still."""
+    alive = set(connection.scalars(sa.select(RUNS.c.id).where(RUNS.c.state.in_(ACTIVE | RESUMABLE))))
+    for one in every(connection):
+        waits = one.run_id in alive and one.cut_over_at is None and one.sealed is not None
+        if waits and one.new_key in fingerprints and superseded(connection, one) is None:
+            return one
+    return None
+
+
+def allowed_columns(connection: sa.Connection, fingerprint: str) -> set[str]:
+    """The columns that operators named when they rotated this key away: what is in them is theirs."""
+    runs = [one.run_id for one in every(connection) if one.old_key == fingerprint and one.finished_at]
+    found = connection.scalars(sa.select(RUNS.c.params).where(RUNS.c.id.in_(runs)))
+    return {name for params in found for name in params.get("allow_column", ())}
+
+
 def under_seal(connection: sa.Connection) -> list[Rotation]:
     """The rotations whose old key is still there under seal, the one due first first."""
     found = (one for one in every(connection) if one.finished_at and one.sealed is not None)
@@ -248,14 +277,28 @@ def journalled(means: Means, rotation: Rotation, *, new_key_file: str | None) ->
     return Keys(old=found[rotation.old_key], new=found[rotation.new_key], source=source)
 
 
+def seals(connection: sa.Connection) -> list[Rotation]:
+    """Every rotation that has its old key under seal, come to its end or not."""
+    return [one for one in every(connection) if one.sealed is not None]
+
+
+def reachable(connection: sa.Connection, start: str, *, without: Collection[str] = ()) -> set[str]:
+    """The keys that can be had from this one, by the seals they lie under, once those `without` are destroyed."""
+    sealed, found, more = seals(connection), set[str](), {start}
+    while more:
+        found |= more
+        more = {one.old_key for one in sealed if one.new_key in found} - found - set(without)
+    return found
+
+
 def unseal(connection: sa.Connection, found: dict[str, MasterKey]) -> None:
     """Add to the keys found every older one under their seal, and under the seals of those."""
     # One key may lie under several seals: rotations that were rolled back, and tried again.
-    sealed, before = every(connection), -1
+    sealed, before = seals(connection), -1
     while len(found) > before:
         before = len(found)
         for one in sealed:
-            if one.old_key not in found and one.sealed is not None and (under := found.get(one.new_key)):
+            if one.old_key not in found and one.sealed and (under := found.get(one.new_key)):
                 found[one.old_key] = keyring.open_key(one.sealed, under=under)
 
 

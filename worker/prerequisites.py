@@ -31,6 +31,8 @@ def require_exchangeable(keys: Keys, journal: Rotation | None, *, file: bool) ->
         return
     if path is None:
         raise Refused("the key comes from PAPERCLIP_SECRETS_MASTER_KEY, which no file replaces; use --cutover manual")
+    if journal is None or journal.cut_over_at is None:
+        keyfile.only_name(path)
     keyfile.room(path)
     keyfile.writable(path)
 
@@ -43,7 +45,11 @@ def require_none_half_done(connection: sa.Connection, *, run: UUID | None, rollb
 
 
 def require_in_use(connection: sa.Connection, keys: Keys, journal: Rotation | None, *, file: bool) -> None:
-    """Refused when journal and key file speak of different keys, or the rotation was rolled back or overtaken."""
+    """Refused when journal and key file speak of different keys, or the rotation was rolled back or overtaken.
+
+    Before the cut-over also when there is no way on or back: the new key was retired, the old one is under no seal.
+    """
+    require_way(connection, keys, journal)
     if journal is None:
         return
     undone = [one for one in masterkeys.every(connection) if one.rolls_back == journal.run_id]
@@ -56,6 +62,17 @@ def require_in_use(connection: sa.Connection, keys: Keys, journal: Rotation | No
     found = keys.source.key.fingerprint
     if file and found not in expected:
         raise Refused(f"the key file holds {found}, not {' or '.join(sorted(expected))} of run {journal.run_id}")
+
+
+def require_way(connection: sa.Connection, keys: Keys, journal: Rotation | None) -> None:
+    """Refused when the new key was retired, or the old one is under no seal; as the ledger has it this moment."""
+    if journal is not None and journal.cut_over_at:
+        return
+    if keys.new is not None and masterkeys.retired(connection, keys.new.fingerprint):
+        raise Refused(f"the key {keys.new.fingerprint} was retired for good; rotate to another key")
+    now = masterkeys.of(connection, journal.run_id) if journal else None
+    if now is not None and now.sealed is None:
+        raise Refused(f"the key {now.old_key} is no longer under seal in run {now.run_id}; start a new run")
 
 
 def require_opened(keys: Keys, total: Census) -> None:

@@ -139,6 +139,15 @@ class Resealer:
             census.odd += _differs(plaintext, digest)
         return census
 
+    def all_new(self, text: bytes) -> bool:
+        """Whether each mention of the scheme in a text of whatever kind is an envelope that the new key opens."""
+        try:
+            one = self._count(text, b"", new_first=True)
+        except (ValueError, IndexError, RecursionError):
+            # Not as the carriers have it: escaped, or no JSON at all.
+            return False
+        return not (one.old or one.lost) and one.new == text.count(self._marker)
+
     def _classify(self, envelope: dict[str, Any], digest: bytes, census: Census) -> bytes | None:
         """Count an envelope by its key; its plaintext where that is the old one."""
         plaintext = self._opened(self._old, envelope)

@@ -296,6 +296,8 @@ class Rotating:
             lock_microseconds=round((time.monotonic() - locked) * 1e6),
             readers_waited=waited,
         )
+        # Our note holds the journal's row: whoever retires a key from here on waits for our commit.
+        prerequisites.require_way(self._connection, self.keys, self._journal)
         if self._file:
             cutover.swap_file(self.keys, self._journal)
         return tally

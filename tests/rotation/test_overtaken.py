@@ -14,8 +14,9 @@ import pytest
 from tests.faults.evidence import wait
 from tests.rotation import steps
 from tests.rotation.test_manual import _begin, _journal, _permit, _work, _work_until_it_waits, by_hand  # noqa: F401
+from tests.rotation.test_writers import once
 from tests.rotation.vault import Vault
-from worker import keyfile, keyring
+from worker import cutover, keyfile, keyring, masterkeys
 from worker.errors import Refused
 from worker.keyring import MasterKey
 
@@ -270,6 +271,123 @@ def test_a_key_under_which_another_still_lies_does_not_keep_the_sweep_from_its_w
     _end(vault, first["run"])
     assert vault.deployment.json(*RETIRE)["kept"]
     assert _sealed(vault) == []
+
+
+def _stopped_on_its_way_back(vault: Vault, how: str) -> UUID:
+    """A run to the key that the last one replaced, stopped just before its cut-over."""
+    first = vault.run("--generate")["run"]
+    path, _ = steps.key_file(vault, key=vault.key)
+    fields = {"rollback": UUID(first)} if how == "--rollback" else {"new_key_file": str(path)}
+    run = steps.start(vault, **fields)
+    steps.work_until(vault, run, steps.CUT_OVER)
+    vault.deployment.operations.stop(str(run))
+    _end(vault, first)
+    return run
+
+
+@pytest.mark.parametrize("how", ["--rollback", "--new-key-file"])
+@pytest.mark.parametrize("words", [RETIRE, ("keys", "retire", "{key}", "--inline", "--yes")])
+def test_a_key_that_a_stopped_run_may_still_bring_back_stays(
+    released_vault: Vault, how: str, words: tuple[str, ...]
+) -> None:
+    vault = released_vault
+    run, key = _stopped_on_its_way_back(vault, how), vault.key.fingerprint
+    says = f"run {run} may still be resumed and brings back the key {key}; resume it"
+    _refused(vault, *(word.format(key=key) for word in words), says=says)
+    vault.deployment.cli("runs", "resume", str(run), "--inline")
+    assert vault.now == vault.key
+    assert vault.opened(vault.key) == vault.held
+
+
+def test_once_another_key_is_in_use_a_stopped_run_keeps_none(released_vault: Vault) -> None:
+    vault = released_vault
+    _stopped_on_its_way_back(vault, "--rollback")
+    assert vault.run("--generate")["kept"]
+    assert vault.deployment.json("keys", "retire", vault.key.fingerprint, "--inline", "--yes")["kept"]
+    assert vault.opened(vault.now) == vault.held
+
+
+def _destroy(vault: Vault) -> None:
+    """As a release did that retired a key whatever run was on its way to it."""
+    with vault.deployment.operations.transaction() as connection:
+        one = next(one for one in masterkeys.under_seal(connection) if one.old_key == vault.key.fingerprint)
+        masterkeys.destroy(connection, one, by=one.run_id)
+
+
+@pytest.mark.parametrize("how", ["--rollback", "--new-key-file"])
+def test_no_run_goes_on_to_a_key_that_was_retired_since(released_vault: Vault, how: str) -> None:
+    """The key in use would be left nowhere: its seal is gone with the key it lay under."""
+    vault = released_vault
+    run, second = _stopped_on_its_way_back(vault, how), vault.now
+    _destroy(vault)
+    says = f"the key {vault.key.fingerprint} was retired for good"
+    _refused(vault, "runs", "resume", str(run), "--inline", says=says)
+    assert vault.now == second
+    assert vault.opened(second) == vault.held
+
+
+def test_nor_when_that_happens_just_before_the_rename(released_vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    vault = released_vault
+    run, second = _stopped_on_its_way_back(vault, "--rollback"), vault.now
+    vault.deployment.operations.resume(str(run))
+    # Of the old key's own journal alone: this run's is held by the bite.
+    query = "UPDATE paperclip_worker.rotations SET sealed = NULL, retired_at = now() WHERE old_key = %s"
+    key = vault.key.fingerprint
+
+    def retire() -> None:
+        vault.deployment.query(query, key)
+
+    once(monkeypatch, cutover, "hold_off_writers", retire)
+    with pytest.raises(Refused, match="was retired for good"):
+        steps.work(vault, run)
+    assert vault.now == second
+    assert vault.opened(second) == vault.held
+
+
+def test_a_run_whose_old_key_is_under_no_seal_any_more_does_not_cut_over(released_vault: Vault) -> None:
+    vault = released_vault
+    run = steps.start(vault, generate=True)
+    steps.work_until(vault, run, steps.CUT_OVER)
+    vault.deployment.query("UPDATE paperclip_worker.rotations SET sealed = NULL")
+    with pytest.raises(Refused, match=f"the key {vault.key.fingerprint} is no longer under seal in run {run}"):
+        steps.work(vault, run)
+    assert vault.now == vault.key
+    assert vault.opened(vault.key) == vault.held
+
+
+@pytest.mark.parametrize(
+    ("retired", "stays", "free"), [(0, "the key {1} is sealed under {0}; retire {1} first", False), (1, "", True)]
+)
+def test_a_key_that_lies_under_two_seals_is_not_lost_with_one(
+    released_vault: Vault, retired: int, stays: str, free: bool
+) -> None:
+    """There and back and on to a third: each of the two lies under the other, and the first under the third too."""
+    vault = released_vault
+    first = vault.run("--generate")
+    keys = [vault.key, vault.now]
+    assert vault.run("--rollback", first["run"])["kept"]
+    assert vault.run("--generate")["kept"]
+    words = ("keys", "retire", keys[retired].fingerprint, "--inline", "--yes")
+    if not free:
+        _refused(vault, *words, says=stays.format(*(one.fingerprint for one in keys)))
+        return
+    assert vault.deployment.json(*words)["kept"]
+    found = {vault.now.fingerprint: vault.now}
+    with vault.deployment.operations.transaction(read_only=True) as connection:
+        masterkeys.unseal(connection, found)
+    assert list(found.values()) == [vault.now, keys[0]]
+    assert vault.deployment.json("keys", "retire", keys[0].fingerprint, "--inline", "--yes")["kept"]
+
+
+def test_a_key_whose_time_is_over_goes_though_one_that_stays_lies_under_it_as_well(released_vault: Vault) -> None:
+    vault = released_vault
+    first = vault.run("--generate")
+    second = vault.now
+    back = vault.run("--rollback", first["run"], "--retire-after", "1d")
+    assert vault.run("--generate")["kept"]
+    _end(vault, back["run"])
+    assert vault.deployment.json(*RETIRE)["receipt"]["evidence"]["retired"] == [second.fingerprint]
+    assert vault.opened(vault.now) == vault.held
 
 
 def test_the_only_copy_of_a_key_is_not_removed_while_something_opens_with_none(released_vault: Vault) -> None:

@@ -52,6 +52,29 @@ def test_a_new_key_file_that_is_not_there(released_vault: Vault, tmp_path: Path)
     _says(released_vault, "not a regular file", "--new-key-file", str(tmp_path))
 
 
+@pytest.mark.parametrize("path", ["new.key", "./new.key", "../new.key", "~/new.key", ""])
+def test_a_new_key_file_that_another_worker_would_look_for_elsewhere(released_vault: Vault, path: str) -> None:
+    _says(released_vault, "--new-key-file must be an absolute path", "--new-key-file", path)
+
+
+def test_a_key_that_was_retired(released_vault: Vault) -> None:
+    vault = released_vault
+    assert vault.run("--generate")["kept"] is True
+    vault.deployment.cli("keys", "retire", vault.key.fingerprint, "--inline", "--yes")
+    path, _ = steps.key_file(vault, key=vault.key)
+    _says(vault, f"the key {vault.key.fingerprint} was retired for good", "--new-key-file", str(path))
+
+
+def test_a_key_file_with_another_name(released_vault: Vault) -> None:
+    """The server may read it by that one, which would keep the old key."""
+    vault = released_vault
+    other = vault.file.parent.parent / "the-servers-name.key"
+    other.hardlink_to(vault.file)
+    _says(vault, f"{vault.file} has 2 names .hard links.", "--generate")
+    other.unlink()
+    assert vault.run("--generate")["kept"] is True
+
+
 def test_a_key_file_that_is_not_there(released_vault: Vault) -> None:
     vault = released_vault
     vault.file.unlink()

@@ -189,3 +189,34 @@ def test_without_a_new_key_nothing_is_sealed_and_all_is_counted() -> None:
     assert count(look, text, b"") == Census(old=1, lost=1)
     with pytest.raises(ValueError, match="no key to seal with"):
         reseal(look, text)
+
+
+def _sealed(codec: LocalEncrypted) -> str:
+    return json.dumps(codec.seal(b"x"))
+
+
+@pytest.mark.parametrize(
+    ("text", "all_new"),
+    [
+        (_sealed(NEW), True),
+        (f'{{"a": [{_sealed(NEW)}, {_sealed(NEW)}]}}', True),
+        (f"kept: {_sealed(NEW)}; and {{braces}}", True),
+        (_sealed(OLD), False),
+        (_sealed(THIRD), False),
+        (f"[{_sealed(NEW)}, {_sealed(OLD)}]", False),
+        (f"[{_sealed(NEW)}, {_sealed(THIRD)}]", False),
+        # In a string, escaped; in what is no JSON; in mere talk: nobody can tell.
+        (json.dumps({"a": _sealed(NEW)}), False),
+        (f"}} {_sealed(NEW)}", False),
+        (f'{{"{SCHEME}', False),
+        (f"the scheme is {SCHEME}, with its ciphertext", False),
+        (f'[{_sealed(NEW)}, "{SCHEME}"]', False),
+    ],
+)
+def test_of_any_text_it_is_told_whether_all_is_plainly_under_the_new_key(text: str, all_new: bool) -> None:
+    assert RESEALER.all_new(text.encode()) is all_new
+
+
+@given(text=_texts | _documents)
+def test_of_no_text_without_an_envelope_is_that_said(text: str) -> None:
+    assert RESEALER.all_new(text.encode()) is (SCHEME not in text)
