@@ -171,18 +171,18 @@ class RotateMasterKey(Job):
     def _claim_sweep(self, rotating: Rotating, shard: Shard, after: Mapping[str, Any]) -> Batch:
         if after["sweeps"]:
             time.sleep(_REST * (after["clean"] + 1) if after["sweeps"] < _QUICK_SWEEPS else 1.0)
-        found, proved = rotating.sweep(everything=bool(shard.spec["everything"]) and not after["sweeps"])
-        clean = 0 if found else after["clean"] + 1
-        if after["sweeps"] > _MOST_SWEEPS and found:
+        swept = rotating.sweep(everything=bool(shard.spec["everything"]) and not after["sweeps"])
+        clean = after["clean"] + 1 if swept.stands and not swept.ready else 0
+        if after["sweeps"] > _MOST_SWEEPS and swept.ready:
             raise Refused(
                 "a server still seals with the old key: give every server the new one and resume, or roll back"
             )
-        if not self.file and clean >= _CLEAN_SWEEPS and not proved:
+        if not self.file and clean >= _CLEAN_SWEEPS and not swept.proved:
             raise Waits("start the servers with the new key; once one of them has sealed a secret, the run goes on")
         return Batch(
             after={"sweeps": after["sweeps"] + 1, "clean": clean},
             exhausted=clean >= _CLEAN_SWEEPS,
-            spec={"swap": bool(found)},
+            spec={"swap": bool(swept.ready)},
         )
 
     def apply(self, means: Means, batch: Batch) -> Tally:

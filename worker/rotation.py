@@ -36,7 +36,7 @@ from worker.errors import Refused, Waits
 from worker.job import REHEARSAL, Batch, Shard
 from worker.plans import Tally, Target
 from worker.reseal import Census, Resealer, resealer
-from worker.sweeping import Sweeping
+from worker.sweeping import Sweeping, Swept
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -300,8 +300,8 @@ class Rotating:
             cutover.swap_file(self.keys, self._journal)
         return tally
 
-    def sweep(self, *, everything: bool) -> tuple[int, bool]:
-        """Make ready what came with the old key after all; rows found, and whether a server has used the new key."""
+    def sweep(self, *, everything: bool) -> Swept:
+        """Make ready what came with the old key after all."""
         # Else rows of the key that is in use would be sealed with one that is not.
         self._require_in_use()
         return Sweeping(self._means, self._journal, self._resealer).sweep(everything=everything)

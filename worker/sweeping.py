@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import sqlalchemy as sa
 
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from worker.reseal import Resealer
 
 
+class Swept(NamedTuple):
+    """What a sweep saw: rows made ready, whether a server has used the new key, whether what was ready still stands.
+
+    Where it does not, the sweep looked at everything, and what comes after must be looked at before anything is said.
+    """
+
+    ready: int
+    proved: bool
+    stands: bool
+
+
 class Sweeping:
     """The sweeps of one rotation, in one transaction."""
 
@@ -27,8 +38,8 @@ class Sweeping:
         self._run = journal.run_id
         self._resealer = resealer
 
-    def sweep(self, *, everything: bool) -> tuple[int, bool]:
-        """Make ready what came with the old key after all; rows found, and whether a server has used the new key."""
+    def sweep(self, *, everything: bool) -> Swept:
+        """Make ready what came with the old key after all."""
         journal, ready, fresh = self._journal, 0, list[str]()
         lost = not readiness.stands(self._connection, self._layout, self._run)
         if lost:
@@ -42,12 +53,11 @@ class Sweeping:
             taken = aside.take(where, self._resealer)
             ready += taken.ready
             fresh += taken.done if carrier.fresh else ()
-        if everything or lost:
-            return ready, journal.proved_at is not None
-        if journal.proved_at is None and self._written_by_others(fresh):
+        proved = journal.proved_at is not None
+        if not (proved or everything or lost) and self._written_by_others(fresh):
             masterkeys.note(self._connection, self._run, proved_at=sa.func.clock_timestamp())
-            return ready, True
-        return ready, journal.proved_at is not None
+            proved = True
+        return Swept(ready, proved, not lost)
 
     def _written_by_others(self, keys: list[str]) -> bool:
         """Whether one of these rows, all under the new key, was never resealed by us."""

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 from uuid import UUID
 
+import psycopg
 import pytest
 
 from tests.rotation import steps
@@ -123,6 +124,31 @@ def test_a_changed_copy_of_what_we_sealed_is_no_proof(by_hand: Vault) -> None:
     vault.deployment.query("UPDATE company_secret_versions SET version = version + 20000000")
     assert _work(vault, run, 4) is Outcome.MORE
     assert _journal(vault, run, "proved_at") is None
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param("VACUUM FULL company_secret_versions", id="rewritten"),
+        pytest.param("TRUNCATE paperclip_worker.resealed", id="emptied by a crash"),
+    ],
+)
+def test_it_goes_on_after_what_it_knew_no_longer_stands(by_hand: Vault, what: str) -> None:
+    """Clean sweeps came before: it looks at everything once, and then for proof again."""
+    vault = by_hand
+    run, key = _begin(vault)
+    _work_until_it_waits(vault, run, "keys switch")
+    _permit(vault, run)
+    _work_until_it_waits(vault, run, "start the servers")
+    with psycopg.connect(vault.deployment.environment["DATABASE_URL"], autocommit=True) as admin:
+        admin.execute(what.encode())
+    assert _work(vault, run, 1.5) is Outcome.MORE
+    assert _journal(vault, run, "proved_at") is None
+    with vault.connect() as connection:
+        vault.add_version(connection, "proof", key=key)
+    assert _work(vault, run, 10) is Outcome.SETTLED
+    assert vault.deployment.operations.result(run)["kept"] is True
+    assert vault.opened(key) == vault.held
 
 
 def test_it_is_stopped_while_it_waits_and_goes_on(by_hand: Vault) -> None:
