@@ -226,7 +226,7 @@ class Rotating:
             cutover.settle_file(self.keys, self._journal)
         self._require_none_found(discovery.found(self._connection, self._run))
         self._readying.note_counted(self.keys, allowed)
-        if not self._file and self._journal.permitted_at is None:
+        if not (self._file or masterkeys.permitted(self._connection, self._journal)):
             raise Waits(f"ready for the cut-over: stop every server, then `{SWITCH} {self._run}`")
         after = after or {}
         # The run may have waited or been stopped for long.
