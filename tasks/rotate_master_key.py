@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _LONGEST = timedelta(days=3650)
 # Discovery and making ready go on side by side, and the proof beside the sweep, whose rests it fills; each later
 # stage waits for the one before.
-_READY, _CATCH_UP, _CUT_OVER, _SWEEP = range(4)
-_SWEEP_KEY = "sweep"
+_READY, _CATCH_UP, _CUT_OVER, _SWEEP, _LATE = range(5)
+CUT_OVER, _SWEEP_KEY = "cut-over", "sweep"
 # What a server was about to write comes at once, and nobody can read it until it is swept: so first looks are quick,
 # and the rests between clean ones add up to more than half a second.
 _REST = 0.05
@@ -118,8 +118,10 @@ class RotateMasterKey(Job):
         means.rotating(self).require_proven()
 
     def admit(self, means: Means) -> None:
-        rotating = means.rotating(self)
-        rotating.require_allowed(rotating.counted_before().total.lost, self.allow_undecryptable)
+        from worker import prerequisites  # noqa: PLC0415 - reads the database, which `--help` must not pay for
+
+        lost = means.rotating(self).counted_before().total.lost
+        prerequisites.require_allowed(lost, self.allow_undecryptable)
 
     def plan(self, means: Means) -> Plan:
         from worker import prerequisites  # noqa: PLC0415 - reads the database, which `--help` must not pay for
@@ -153,11 +155,13 @@ class RotateMasterKey(Job):
                 return
             yield from rotating.discovery_shards(self.allow_column, stage=_READY)
             yield Shard(key="catch-up", rows=0, spec={}, stage=_CATCH_UP)
-            yield Shard(key="cut-over", rows=plan.tally.total.rows, spec={}, stage=_CUT_OVER)
+            yield Shard(key=CUT_OVER, rows=plan.tally.total.rows, spec={}, stage=_CUT_OVER)
         # A second sweep looks at everything once: what the first did not find may be anywhere.
         full = rotating.journal is not None and rotating.journal.cut_over_at is not None
         yield Shard(key=_SWEEP_KEY, rows=0, spec={"everything": full}, stage=_SWEEP)
         yield from rotating.proof_shards(stage=_SWEEP)
+        # When nothing is swapped any more: the host may copy what a swap replaces.
+        yield from rotating.late_shards(stage=_LATE)
 
     def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:  # noqa: ARG002 - shards fit in memory
         rotating = means.rotating(self)
@@ -166,26 +170,35 @@ class RotateMasterKey(Job):
         if shard.stage == _CATCH_UP:
             return rotating.claim_catch_up(after)
         if shard.stage == _CUT_OVER:
-            return rotating.claim_cut_over(after, self.allow_undecryptable)
+            return rotating.claim_cut_over(after, allowed=self.allow_undecryptable, allowed_columns=self.allow_column)
+        if shard.stage == _LATE:
+            return rotating.claim_late(self.allow_column, shard.spec, after)
         if shard.key != _SWEEP_KEY:
             return rotating.claim_proof(shard, after)
-        return self._claim_sweep(rotating, shard, after or {"sweeps": 0, "clean": 0})
+        return self._claim_sweep(rotating, shard, after or {})
 
     def _claim_sweep(self, rotating: Rotating, shard: Shard, after: Mapping[str, Any]) -> Batch:
-        if after["sweeps"]:
-            time.sleep(_REST * (after["clean"] + 1) if after["sweeps"] < _QUICK_SWEEPS else 1.0)
-        found, proved = rotating.sweep(everything=bool(shard.spec["everything"]) and not after["sweeps"])
-        clean = 0 if found else after["clean"] + 1
-        if after["sweeps"] > _MOST_SWEEPS and found:
+        # A run that was settled and taken up again has all of its sweeps before it.
+        taken_up = rotating.settlements()
+        if after.get("settlements") != taken_up:
+            after = {"sweeps": 0, "clean": 0, "found": False}
+        sweeps, clean = after["sweeps"], after["clean"]
+        if sweeps > _MOST_SWEEPS and after["found"]:
+            # Only now, when what the last of them found is swapped.
             raise Refused(
                 "a server still seals with the old key: give every server the new one and resume, or roll back"
             )
-        if not self.file and clean >= _CLEAN_SWEEPS and not proved:
+        if sweeps:
+            time.sleep(_REST * (clean + 1) if sweeps < _QUICK_SWEEPS else 1.0)
+        swept = rotating.sweep(everything=bool(shard.spec["everything"]) and not sweeps)
+        clean = clean + 1 if swept.stands and not swept.ready else 0
+        if not self.file and clean >= _CLEAN_SWEEPS and not swept.proved:
             raise Waits("start the servers with the new key; once one of them has sealed a secret, the run goes on")
+        found = bool(swept.ready)
         return Batch(
-            after={"sweeps": after["sweeps"] + 1, "clean": clean},
+            after={"sweeps": sweeps + 1, "clean": clean, "found": found, "settlements": taken_up},
             exhausted=clean >= _CLEAN_SWEEPS,
-            spec={"swap": bool(found)},
+            spec={"swap": found},
         )
 
     def apply(self, means: Means, batch: Batch) -> Tally:

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING
 from uuid import UUID
 
 import sqlalchemy as sa
+from pydantic_core import from_json
 from sqlalchemy.dialects import postgresql
 
 from worker import db
@@ -42,6 +43,9 @@ RESEALED = sa.Table(
     sa.Column("rest", sa.BigInteger),
     sa.Column("value", postgresql.JSONB),
 )
+# Beside what is ready lies what rows were like before the key was exchanged, in rows of no carrier: envelopes that
+# were under the new key already, and how many open with no key or to other bytes than their digest says.
+SEEN, LOST, ODD = "seen", "lost", "odd"
 _COPY_IN = f"COPY {SCHEMA}.resealed FROM STDIN WITH (FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01')".encode()
 
 
@@ -57,11 +61,16 @@ _MEDDLED = sa.text(
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """What a look found: envelopes by key, rows made ready, and the keys of rows all under the new key."""
+    """What a look found: envelopes by key, rows made ready, and the IVs of values that are all under the new key."""
 
     counted: Census
     ready: int
     done: list[str]
+
+
+def label(kind: str, carrier: Carrier) -> str:
+    """What a note of that kind has in place of its carrier."""
+    return f"{kind}:{carrier.name}"
 
 
 class Aside:
@@ -74,38 +83,51 @@ class Aside:
         self._run = run
 
     def take_window(self, first: int, end: int | None, resealer: Resealer) -> Census:
-        """Seal anew, beside the table, what the old key opens in these blocks. Nobody waits for it."""
-        return self._take([self._ciphertext.window(first, end, rest=True)], resealer, again=False).counted
+        """Seal anew, beside the table, what the old key opens in these blocks; note the rest. Nobody waits for it."""
+        part = self._ciphertext.window(first, end, rest=True)
+        return self._take([part], resealer, again=False, noting=True).counted
 
-    def take(self, where: sa.ColumnElement[bool], resealer: Resealer) -> Taken:
-        """The same for rows that may have been made ready before, in another state."""
-        return self._take(self._ciphertext.rows(where, rest=True), resealer, again=True)
+    def take(self, where: sa.ColumnElement[bool], resealer: Resealer, *, noting: bool = False) -> Taken:
+        """The same for rows that may have been made ready before, in another state; `noting`: the rest is noted."""
+        return self._take(self._ciphertext.rows(where, rest=True), resealer, again=True, noting=noting)
 
-    def _take(self, parts: Iterable[Part], resealer: Resealer, *, again: bool) -> Taken:
+    def _take(self, parts: Iterable[Part], resealer: Resealer, *, again: bool, noting: bool) -> Taken:
         counted, ready, done, taken = Census(), 0, list[str](), list[str]()
-        prefix = f"{self._run}\x02{self._carrier.name}\x02".encode()
+        run, name = self._run.hex.encode(), self._carrier.name.encode()
         with tempfile.SpooledTemporaryFile(max_size=_SPOOL) as spool:
             for part in parts:
-                rows = zip(part.keys, part.places, part.versions, part.rests, strict=True)
+                states = zip(part.keys, part.places, part.versions, part.rests, strict=True)
                 sealed = resealer.resealed(part.texts, part.digests)
-                for (key, place, version, rest), (value, one) in zip(rows, sealed, strict=True):
+                for state, text, (value, one) in zip(states, part.texts, sealed, strict=True):
                     counted += one
-                    if value is not None:
-                        ready += 1
-                        spool.write(b"%b%b\x02%b\x02%b\x02%b\x02%b\n" % (prefix, key, place, version, rest, value))
-                        if again:
-                            taken.append(key.decode())
-                    elif again and one.new and not one.lost:
-                        done.append(key.decode())
-            self._forget(taken)
+                    lines = [] if value is None else [(name, state[3], value)]
+                    ready += len(lines)
+                    if self._carrier.fresh and value is None and one.new and not one.lost:
+                        done += _iv(text)
+                    if noting:
+                        lines += self._notes(one, text if value is None else None)
+                    if lines and again:
+                        taken.append(state[0].decode())
+                    for label_, rest, held in lines:
+                        spool.write(b"\x02".join((run, label_, *state[:3], rest, held)) + b"\n")
+            self._forget(taken, noting=noting)
             spool.seek(0)
             self._put(spool)
         return Taken(counted=counted, ready=ready, done=done)
 
-    def _forget(self, keys: list[str]) -> None:
-        """Drop what was made ready of these rows in a state they are no longer in."""
+    def _notes(self, one: Census, text: bytes | None) -> Iterator[tuple[bytes, bytes, bytes]]:
+        """What is to be known of a row later; `text` is its value where that stays as it is."""
+        if self._carrier.fresh and text is not None and one.new:
+            yield label(SEEN, self._carrier).encode(), b"0", text
+        for kind, number in ((LOST, one.lost), (ODD, one.odd)):
+            if number:
+                yield label(kind, self._carrier).encode(), b"%d" % number, b"null"
+
+    def _forget(self, keys: list[str], *, noting: bool) -> None:
+        """Drop what was made ready of these rows in a state they are no longer in, and what was noted of it."""
         if keys:
-            of_carrier = sa.and_(RESEALED.c.run_id == self._run, RESEALED.c.carrier == self._carrier.name)
+            labels = [self._carrier.name, *(label(one, self._carrier) for one in (SEEN, LOST, ODD) if noting)]
+            of_carrier = sa.and_(RESEALED.c.run_id == self._run, RESEALED.c.carrier.in_(labels))
             which = sa.any_(sa.literal(keys, sa.ARRAY(sa.Uuid(as_uuid=False))))
             self._connection.execute(sa.delete(RESEALED).where(of_carrier, RESEALED.c.key == which))
 
@@ -177,14 +199,26 @@ class Aside:
         """Forget what a run made ready."""
         self._connection.execute(sa.delete(RESEALED).where(RESEALED.c.run_id == self._run))
 
-    def altered(self, by: str) -> int:
-        """Rows swapped by a transaction and untouched since whose other columns are not what they were."""
-        carrier = self._carrier
+    def altered(self, by: str, columns: list[list[str]] | None) -> int:
+        """Rows swapped by a transaction and untouched since whose other columns are not what they were.
+
+        Of the columns there were then; where one of them is gone or of another type now, nobody can tell.
+        """
+        carrier, there = self._carrier, self._ciphertext.columns()
+        if columns and not all(one in there for one in columns):
+            return 0
         query = self._ready_rows().where(
             of(carrier.table, VERSION) == xid(by),
-            RESEALED.c.rest != self._ciphertext.rest(),
+            RESEALED.c.rest != self._ciphertext.rest(columns),
         )
         return self._connection.execute(query).scalar_one()
+
+
+def _iv(text: bytes) -> Iterator[str]:
+    """The IV of a value that is an envelope: no two have the same."""
+    value = from_json(text)
+    if isinstance(value, dict) and isinstance(value.get("iv"), str):
+        yield value["iv"]
 
 
 def asides(connection: sa.Connection, layout: Layout, run: UUID) -> Iterator[tuple[Carrier, Aside]]:

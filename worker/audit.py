@@ -223,6 +223,12 @@ def recent(connection: sa.Connection, *, limit: int, run: UUID | None = None) ->
     return [Receipt(**row._asdict()) for row in connection.execute(query)]
 
 
+def number(connection: sa.Connection, run: UUID) -> int:
+    """How many receipts a run has: one for each time it was settled."""
+    query = sa.select(sa.func.count()).select_from(RECEIPTS).where(RECEIPTS.c.run_id == run)
+    return connection.execute(query).scalar_one()
+
+
 def get(connection: sa.Connection, seq: int) -> Receipt:
     """The receipt with that number. Refused when there is none."""
     row = connection.execute(sa.select(RECEIPTS).where(RECEIPTS.c.seq == seq)).one_or_none()

@@ -17,6 +17,7 @@ from worker.reseal import Census
 if TYPE_CHECKING:
     from worker.ciphertext import Part
     from worker.layouts.model import Carrier, Layout
+    from worker.noted import Noted
     from worker.reseal import Resealer
 
 _LISTED = 20
@@ -31,6 +32,8 @@ class Counted:
     # Rows, bytes, and their keys and versions mixed.
     old: dict[Place, tuple[int, int, int]] = field(default_factory=dict)
     lost: Counter[Place] = field(default_factory=Counter)
+    # Of the envelopes that are lost or odd, by that word, those that were not noted before.
+    news: Counter[str] = field(default_factory=Counter)
     listed: list[str] = field(default_factory=list)
 
     @property
@@ -57,8 +60,10 @@ class Counted:
         """By carrier and key."""
         return {name: one.to_json() for name, one in self.by_carrier.items()}
 
-    def look(self, carrier: Carrier, part: Part, resealer: Resealer, *, new_first: bool) -> None:
-        """Try the keys on these rows of a carrier."""
+    def look(
+        self, carrier: Carrier, part: Part, resealer: Resealer, *, new_first: bool, noted: Noted | None = None
+    ) -> None:
+        """Try the keys on these rows of a carrier; `noted`: what was known of them before."""
         total, table = self.by_carrier.setdefault(carrier.name, Census()), carrier.table.name
         old: dict[bytes, tuple[int, int, int]] = {}
         fresh = 0
@@ -72,6 +77,9 @@ class Counted:
                 fresh += one.new
                 continue
             total += one
+            if noted is not None and (one.lost or one.odd):
+                self.news["lost"] += noted.more("lost", carrier, part.keys[number], one.lost)
+                self.news["odd"] += noted.more("odd", carrier, part.keys[number], one.odd)
             if one.lost:
                 self.lost[table, part.companies[number].decode() or None] += 1
                 if len(self.listed) < _LISTED:
@@ -88,7 +96,7 @@ class Counted:
         """For a cursor; without what is listed."""
         old = [[*place, *counted] for place, counted in self.old.items()]
         lost = [[*place, number] for place, number in self.lost.items()]
-        return {"envelopes": self.envelopes(), "old": old, "lost": lost}
+        return {"envelopes": self.envelopes(), "old": old, "lost": lost, "news": self.news}
 
     def add_json(self, found: Mapping[str, Any]) -> None:
         """Add what another look found."""
@@ -99,14 +107,17 @@ class Counted:
             self._add((table, company), (counted[0], counted[1], counted[2]))
         for table, company, number in found["lost"]:
             self.lost[table, company] += number
+        self.news.update(found.get("news", {}))
 
 
-def count(connection: sa.Connection, layout: Layout, resealer: Resealer, *, new_first: bool) -> Counted:
-    """Read every ciphertext and try the keys on it, in a stream."""
+def count(
+    connection: sa.Connection, layout: Layout, resealer: Resealer, *, new_first: bool, noted: Noted | None = None
+) -> Counted:
+    """Read every ciphertext and try the keys on it, in a stream. What is `noted` must have been read before."""
     counted = Counted()
     for carrier, ciphertext in carried(connection, layout):
         for part in ciphertext.every():
-            counted.look(carrier, part, resealer, new_first=new_first)
+            counted.look(carrier, part, resealer, new_first=new_first, noted=noted)
     return counted
 
 

@@ -113,7 +113,7 @@ class Ciphertext:
                 VERSION.label("version"),
                 (self.rest() if rest else sa.null()).label("rest"),
                 carrier.owner.label("owner"),
-                (carrier.digest if carrier.digest is not None else sa.null()).label("digest"),
+                _hex(carrier.digest).label("digest"),
                 sa.cast(carrier.column, sa.Text).label("text"),
             )
             .where(self._holding(where))
@@ -133,15 +133,20 @@ class Ciphertext:
         holds = sa.cast(column, sa.Text).like(f"%{self._scheme}%")
         return sa.and_(where, sa.case((where, holds), else_=sa.false()))
 
-    def rest(self) -> sa.ColumnElement[Any]:
-        """A digest of every other column of a row."""
+    def rest(self, columns: list[list[str]] | None = None) -> sa.ColumnElement[Any]:
+        """A digest of every other column of a row, or of every other of these."""
         prepare = self.connection.dialect.identifier_preparer
         table, terms = prepare.format_table(self.carrier.table), []
-        for name, kind, category in _columns(self.connection, self.carrier.table):
+        for name, kind, category in columns or self.columns():
             if name != self.carrier.column.name:
                 cell = f"{table}.{prepare.quote(name)}"
                 terms.append(f"{cell}::text" if category in _MAYBE_HASHLESS and kind not in _HASHED else cell)
         return sa.literal_column(f"hash_record_extended(ROW({', '.join(terms)}), 0)")
+
+    def columns(self) -> list[list[str]]:
+        """Name, type and category of every column there is now that is not computed."""
+        quoted = self.connection.dialect.identifier_preparer.format_table(self.carrier.table)
+        return [list(row) for row in self.connection.execute(_COLUMNS, {"name": quoted})]
 
 
 def carried(connection: sa.Connection, layout: Layout) -> Iterator[tuple[Carrier, Ciphertext]]:
@@ -164,6 +169,16 @@ def xid(number: str) -> sa.ColumnElement[Any]:
     return sa.cast(sa.cast(sa.literal(number), Xid8()), Xid())
 
 
+def _hex(digest: sa.ColumnElement[Any] | None) -> sa.ColumnElement[Any]:
+    """A SHA-256 in hex as it is; of anything else, which may have a line break in it, only that it is none."""
+    if digest is None:
+        return sa.null()
+    is_one = sa.or_(
+        sa.func.coalesce(digest, "") == "", sa.and_(sa.func.length(digest) == 64, digest.op("!~")("[^0-9a-fA-F]"))
+    )
+    return sa.case((is_one, digest), else_="none")
+
+
 _COLUMNS = sa.text(
     """
     SELECT attname, typname, typcategory::text
@@ -171,11 +186,6 @@ _COLUMNS = sa.text(
     WHERE attrelid = CAST(:name AS regclass) AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum
     """
 )
-
-
-def _columns(connection: sa.Connection, table: sa.Table) -> list[tuple[str, str, str]]:
-    quoted = connection.dialect.identifier_preparer.format_table(table)
-    return [(row[0], row[1], row[2]) for row in connection.execute(_COLUMNS, {"name": quoted})]
 
 
 def windows(

@@ -15,6 +15,7 @@ from worker import ledger_shards
 from worker.errors import Refused
 from worker.job import Batch, Shard
 from worker.livetable import PARTS
+from worker.masterkeys import HORIZON
 
 if TYPE_CHECKING:
     from worker.layouts.model import Layout
@@ -32,7 +33,8 @@ _COLUMNS = sa.text(
     SELECT space.nspname, relation.relname, attribute.attname,
            has_schema_privilege(space.oid, 'USAGE')
              AND has_table_privilege(relation.oid, 'SELECT') AS readable,
-           pg_relation_size(relation.oid) / current_setting('block_size')::bigint AS blocks
+           pg_relation_size(relation.oid) / current_setting('block_size')::bigint AS blocks,
+           relation.oid::bigint AS oid, pg_relation_filenode(relation.oid)::bigint AS file
     FROM pg_catalog.pg_class relation
     JOIN pg_catalog.pg_namespace space ON space.oid = relation.relnamespace
     JOIN pg_catalog.pg_attribute attribute
@@ -49,18 +51,8 @@ _COLUMNS = sa.text(
 
 def shards(connection: sa.Connection, layout: Layout, allowed: Collection[str]) -> Iterator[Shard]:
     """Shards of tables with columns to look into. Refused, with one named, where a column may not be read."""
-    known = {f"public.{one.name}" for one in layout.carriers} | set(map(whole, allowed))
-    tables: dict[tuple[str, str], dict[str, Any]] = {}
-    for schema, table, column, readable, blocks in connection.execute(_COLUMNS):
-        if f"{schema}.{table}.{column}" in known:
-            continue
-        spec = tables.setdefault(
-            (schema, table), {"schema": schema, "table": table, "blocks": blocks, "columns": [], "unreadable": []}
-        )
-        spec["columns" if readable else "unreadable"].append(column)
-    _require_readable(tables.values())
     held, blocks = list[dict[str, Any]](), 0
-    for spec in tables.values():
+    for spec in tables(connection, layout, allowed):
         held.append(spec)
         blocks += spec["blocks"]
         if blocks >= _WINDOW:
@@ -68,6 +60,20 @@ def shards(connection: sa.Connection, layout: Layout, allowed: Collection[str]) 
             held, blocks = [], 0
     if held:
         yield _shard(held)
+
+
+def tables(connection: sa.Connection, layout: Layout, allowed: Collection[str]) -> list[dict[str, Any]]:
+    """The tables with columns to look into, as they are now. Refused as above."""
+    known = {f"public.{one.name}" for one in layout.carriers} | set(map(whole, allowed))
+    found: dict[int, dict[str, Any]] = {}
+    for row in connection.execute(_COLUMNS):
+        if f"{row.nspname}.{row.relname}.{row.attname}" in known:
+            continue
+        new = {"schema": row.nspname, "table": row.relname, "blocks": row.blocks, "oid": row.oid, "file": row.file}
+        spec = found.setdefault(row.oid, {**new, "columns": [], "unreadable": []})
+        spec["columns" if row.readable else "unreadable"].append(row.attname)
+    _require_readable(found.values())
+    return list(found.values())
 
 
 def require_columns(connection: sa.Connection, allowed: Iterable[str]) -> None:
@@ -101,24 +107,37 @@ def claim(connection: sa.Connection, scheme: str, shard: Shard, after: Mapping[s
     tables = shard.spec["tables"]
     number, start = (after["table"], after["block"]) if after else (0, 0)
     found = dict(after["found"]) if after else {}
+    # What transactions write that are not over when the shard is begun, is to be looked at again.
+    horizon = after.get("horizon") if after else connection.scalar(sa.select(sa.cast(HORIZON, sa.Text)))
     room = _WINDOW
     while number < len(tables) and room > 0:
         spec = tables[number]
         # The last window of a table has no end: it may have grown.
         end = start + room if start + room < spec["blocks"] else None
-        query = _query(connection, scheme, spec, start, end) if _readable(connection, spec) else None
-        found |= _look(connection, query, spec, found)
+        found |= look(connection, scheme, spec, found, start=start, end=end)
         room -= max(1, (end or spec["blocks"]) - start)
         number, start = (number, end) if end else (number + 1, 0)
-    return Batch(after={"table": number, "block": start, "found": found}, exhausted=number == len(tables))
+    cursor = {"table": number, "block": start, "found": found, "horizon": horizon}
+    return Batch(after=cursor, exhausted=number == len(tables))
 
 
-def _look(
-    connection: sa.Connection, query: sa.TextClause | None, spec: Mapping[str, Any], before: Mapping[str, int]
+def look(
+    connection: sa.Connection,
+    scheme: str,
+    spec: Mapping[str, Any],
+    before: Mapping[str, int],
+    *,
+    start: int,
+    end: int | None,
+    since: str | None = None,
 ) -> Iterator[tuple[str, int]]:
+    """Columns of these blocks that hold envelopes, and in how many rows with those found before.
+
+    `since`: only in rows that were written by transactions not over at that horizon.
+    """
     name = f"{spec['schema']}.{spec['table']}"
-    if query is not None:
-        row = connection.execute(query).one()
+    if _readable(connection, spec):
+        row = connection.execute(_query(connection, scheme, spec, start=start, end=end, since=since)).one()
         for column, number in zip(spec["columns"], row, strict=True):
             if number:
                 yield f"{name}.{column}", number + before.get(f"{name}.{column}", 0)
@@ -138,21 +157,23 @@ _HOLDS = "{0}::text LIKE :scheme AND {0}::text LIKE '%ciphertext%'"
 
 
 def _query(
-    connection: sa.Connection, scheme: str, spec: Mapping[str, Any], start: int, end: int | None
+    connection: sa.Connection, scheme: str, spec: Mapping[str, Any], *, start: int, end: int | None, since: str | None
 ) -> sa.TextClause:
     quote = connection.dialect.identifier_preparer.quote
     holds = f"count(*) FILTER (WHERE {_HOLDS})"
     columns = ", ".join(holds.format(quote(column)) for column in spec["columns"])
     table = f"{quote(spec['schema'])}.{quote(spec['table'])}"
     until = f" AND ctid < '({end},0)'::tid" if end is not None else ""
-    query = f"SELECT {columns} FROM {table} WHERE ctid >= '({start},0)'::tid{until}"
+    # The age of a row is asked before its values are read.
+    young = f" AND age(xmin) <= (SELECT age('{int(since)}'::xid8::xid))" if since is not None else ""
+    query = f"SELECT {columns} FROM {table} WHERE ctid >= '({start},0)'::tid{until}{young}"
     return sa.text(query).bindparams(scheme=f"%{scheme}%")
 
 
-def found(connection: sa.Connection, run: UUID) -> dict[str, int]:
+def found(connection: sa.Connection, run: UUID, key: str = KEY) -> dict[str, int]:
     """What a run's shards found so far: rows by `schema.table.column`."""
     named: dict[str, int] = {}
-    for _, cursor in ledger_shards.cursors(connection, run, f"{KEY}:"):
+    for _, cursor in ledger_shards.cursors(connection, run, f"{key}:"):
         named |= cursor.get("found", {})
     return named
 

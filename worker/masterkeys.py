@@ -15,7 +15,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from worker import keyfile, keyring
+from worker import audit, keyfile, keyring
 from worker.errors import Refused
 from worker.ledger import RUNS, SCHEMA
 from worker.pgtypes import Xid8
@@ -248,6 +248,13 @@ def destroy(connection: sa.Connection, rotation: Rotation, *, by: UUID) -> None:
 def permit(connection: sa.Connection, run: UUID, *, by: str) -> None:
     """Let a manual cut-over go on: every server is stopped."""
     note(connection, run, permitted_at=sa.func.clock_timestamp(), permitted_by=by)
+
+
+def permitted(connection: sa.Connection, rotation: Rotation) -> bool:
+    """Whether that was said since the run was last settled. Where a key was gone by then, nobody took it back."""
+    since = audit.RECEIPTS.c.at >= rotation.permitted_at
+    settled = sa.select(sa.exists().where(audit.RECEIPTS.c.run_id == rotation.run_id, since))
+    return rotation.permitted_at is not None and not connection.scalar(settled)
 
 
 def forbid(connection: sa.Connection, run: UUID) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from worker import keyfile, masterkeys
+from worker import keyfile, ledger, masterkeys
 from worker.errors import Refused, UnderWay
+from worker.states import State
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -40,8 +41,12 @@ def require_exchangeable(keys: Keys, journal: Rotation | None, *, file: bool) ->
 def require_none_half_done(connection: sa.Connection, *, run: UUID | None, rollback: UUID | None) -> None:
     """UnderWay when another rotation exchanged the key and did not end, unless it is the one to roll back."""
     half = masterkeys.unfinished(connection, but=run)
-    if half is not None and half.run_id != rollback:
-        raise UnderWay(f"run {half.run_id} exchanged the key and did not end; resume it, or --rollback it first")
+    if half is None or half.run_id == rollback:
+        return
+    found = ledger.get(connection, half.run_id)
+    if found is not None and found.state is State.UNKEPT:
+        raise UnderWay(f"run {half.run_id} exchanged the key and ended unkept; see what it found, and --rollback it")
+    raise UnderWay(f"run {half.run_id} exchanged the key and did not end; resume it, or --rollback it first")
 
 
 def require_in_use(connection: sa.Connection, keys: Keys, journal: Rotation | None, *, file: bool) -> None:
@@ -82,6 +87,15 @@ def require_opened(keys: Keys, total: Census) -> None:
         raise Refused("there is no ciphertext of a master key in the database: is DATABASE_URL the right one?")
     if not (total.old or total.new):
         raise Refused(f"the key {old} opens none of the {total.lost} ciphertexts: it is not the deployment's key")
+
+
+def require_allowed(lost: int, allowed: int) -> None:
+    """Refused when more ciphertexts open with no key than were allowed."""
+    if lost > allowed:
+        raise Refused(
+            f"{lost} ciphertexts open with no key (`plan` lists them); "
+            f"--allow-undecryptable {lost} leaves them as they are"
+        )
 
 
 def notes(keys: Keys, counted: Counted) -> Iterator[str]:

@@ -6,15 +6,17 @@ Looked at in bites, by however many workers there are. The judge adds what was w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from worker import blocks, census, cutover, ledger_shards, masterkeys, readiness
+from worker import blocks, census, cutover, discovery, latecomers, ledger_shards, masterkeys, readiness
 from worker.aside import asides
 from worker.census import Counted
 from worker.ciphertext import Ciphertext, carried, since, windows
 from worker.job import Batch, Finding, Shard, Verdict
+from worker.noted import Noted
 
 if TYPE_CHECKING:
     from worker.layouts.model import Carrier
@@ -64,7 +66,11 @@ class Proving:
         ciphertext = Ciphertext(self._connection, carrier, self._layout.scheme)
         for first, end in windows(self._connection, carrier, begin=begin, end=begin + _RANGE):
             part = ciphertext.window(first, end, company=True)
-            counted.look(carrier, part, self._resealer, new_first=True)
+            counted.look(carrier, part, self._resealer, new_first=True, noted=self._noted)
+
+    @cached_property
+    def _noted(self) -> Noted:
+        return Noted(self._connection, self._layout, self._journal.run_id)
 
     def _start(self, part: int) -> dict[str, Any]:
         # What is written by transactions that are not over now is for the judge, whether the bites see it or not.
@@ -72,20 +78,28 @@ class Proving:
         return {"horizon": horizon, "carrier": 0, "range": part, "found": Counted().to_json()}
 
     def _altered(self) -> dict[str, int]:
-        by = self._journal.cut_over_by
-        each = asides(self._connection, self._layout, self._journal.run_id)
-        return {one.table.name: aside.altered(by) for one, aside in each} if by else {}
+        by, run = self._journal.cut_over_by, self._journal.run_id
+        columns = readiness.columns(self._connection, run)
+        each = asides(self._connection, self._layout, run)
+        return {one.table.name: aside.altered(by, columns.get(one.name)) for one, aside in each} if by else {}
 
     def judge(self) -> Verdict:
         """Whether the rotation did what it promises."""
         counted, altered = self._found()
         if counted is None or self._faults(counted):
-            # A straggler may have been put right, and only a look at all there is can say what is so now.
-            counted = census.count(self._connection, self._layout, self._resealer, new_first=True)
+            # A straggler may have been put right, and only a look at all there is can say what is so now. What is
+            # noted is read before, for that look has the connection to itself.
+            _ = self._noted.found
+            counted = census.count(self._connection, self._layout, self._resealer, new_first=True, noted=self._noted)
         findings = self._faults(counted)
         what = "another column than the ciphertext was changed with it"
         findings += [
             Finding(table=name, company=None, rows=rows, what=what) for name, rows in altered.items() if rows
+        ]
+        late = discovery.found(self._connection, self._journal.run_id, latecomers.KEY)
+        findings += [
+            Finding(table=table, company=None, rows=rows, what=f"ciphertext in the unknown column {column}")
+            for (table, _, column), rows in ((name.rpartition("."), late[name]) for name in sorted(late))
         ]
         source = self._keys.source
         if self._file and source.key != self._keys.new:
@@ -108,7 +122,7 @@ class Proving:
             return None, altered
         for carrier, ciphertext in carried(self._connection, self._layout):
             for part in ciphertext.rows(since(str(min(horizons))), company=True):
-                counted.look(carrier, part, self._resealer, new_first=True)
+                counted.look(carrier, part, self._resealer, new_first=True, noted=self._noted)
         return counted, altered
 
     def _faults(self, counted: Counted) -> list[Finding]:
@@ -118,7 +132,8 @@ class Proving:
             for one in counted.targets
         ]
         for kind, what in (("lost", "sealed with neither key"), ("odd", "opens to other bytes than its digest says")):
-            more = getattr(counted.total, kind) - sum(one[kind] for one in before)
+            # One may have gone and another come. Where what was noted is gone, only the numbers are left.
+            more = max(counted.news[kind], getattr(counted.total, kind) - sum(one[kind] for one in before))
             if more > 0:
                 found.append(self._finding(more, f"{what}, and was not when the run began"))
         return found

@@ -17,26 +17,28 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from worker import (
+    audit,
     census,
     cutover,
     discovery,
     keyfile,
     keyring,
-    ledger_shards,
+    latecomers,
     livetable,
     masterkeys,
     prerequisites,
     proof,
     readiness,
+    readying,
 )
 from worker.aside import RESEALED, asides
-from worker.ciphertext import carried, since, windows
+from worker.ciphertext import carried
 from worker.envelopes import CODECS, ITERATIONS, Pbkdf2
 from worker.errors import Refused, Waits
 from worker.job import REHEARSAL, Batch, Shard
 from worker.plans import Tally, Target
-from worker.reseal import Census, Resealer, resealer
-from worker.sweeping import Sweeping
+from worker.reseal import Resealer, resealer
+from worker.sweeping import Sweeping, Swept
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,7 +57,6 @@ if TYPE_CHECKING:
 _FEW = 2_000
 _MOST_ROUNDS = 20
 SWITCH = "paperclip-worker keys switch"
-_MAKE_READY = "make-ready"
 
 
 class Rotating:
@@ -134,15 +135,6 @@ class Rotating:
     def _counted(self) -> Counted:
         return census.count(self._connection, self._layout, self._resealer, new_first=False)
 
-    @staticmethod
-    def require_allowed(lost: int, allowed: int) -> None:
-        """Refused when more ciphertexts open with no key than were allowed."""
-        if lost > allowed:
-            raise Refused(
-                f"{lost} ciphertexts open with no key (`plan` lists them); "
-                f"--allow-undecryptable {lost} leaves them as they are"
-            )
-
     def held(self) -> tuple[Target, ...]:
         """The rows that hold ciphertext, whatever opens it. Refused when the key in use opens none."""
         self.require_proven()
@@ -181,15 +173,16 @@ class Rotating:
 
     def ready_shards(self, *, stage: int) -> Iterator[Shard]:
         """Every carrier's table in ranges of blocks whose ciphertext fits in memory."""
-        for carrier in self._layout.carriers:
-            for first, end in windows(self._connection, carrier):
-                spec = {"carrier": carrier.name, "first": first, "end": end}
-                yield Shard(key=f"{_MAKE_READY}:{carrier.name}:{first}", rows=0, spec=spec, stage=stage)
+        return readying.shards(self._means, stage=stage)
 
     def discovery_shards(self, allowed: Iterable[str], *, stage: int) -> Iterator[Shard]:
         """Every other text and JSON column of the database, to be looked into. Refused where one cannot be."""
         for shard in discovery.shards(self._connection, self._layout, tuple(allowed)):
             yield replace(shard, stage=stage)
+
+    def late_shards(self, *, stage: int) -> Iterator[Shard]:
+        """What the discovery did not see, in a part for each worker that may help."""
+        return latecomers.shards(self._means.settings.parallel, stage=stage)
 
     def proof_shards(self, *, stage: int) -> Iterator[Shard]:
         """The proof at the end, in a part for each worker that may help."""
@@ -201,7 +194,7 @@ class Rotating:
         """Make a range ready, or look into the next window of another column's table."""
         if shard.key.startswith(discovery.KEY):
             return discovery.claim(self._connection, self._layout.scheme, shard, after)
-        counted = self._make_ready(shard.spec["carrier"], shard.spec["first"], shard.spec["end"])
+        counted = self._readying.window(shard.spec["carrier"], shard.spec["first"], shard.spec["end"])
         # A rehearsal rolls every bite back, so what it would swap is swapped in this one.
         swap = self._run == REHEARSAL
         return Batch(after={"counted": counted.to_json()}, exhausted=True, spec={"swap": swap})
@@ -209,26 +202,21 @@ class Rotating:
     def claim_catch_up(self, after: Mapping[str, Any] | None) -> Batch:
         """Make ready what was written meanwhile, until that is little."""
         rounds = after["rounds"] + 1 if after else 1
-        ready = self._catch_up()
+        ready = self._readying.catch_up()
         return Batch(after={"rounds": rounds, "ready": ready}, exhausted=ready <= _FEW or rounds >= _MOST_ROUNDS)
 
-    def _catch_up(self) -> int:
-        """Make ready what was written since the last look; everything, where what was ready no longer stands."""
-        journal, everything = masterkeys.of(self._connection, self._run) or self._journal, not self._stands()
-        masterkeys.look_from_here(self._connection, self._run)
-        if everything:
-            readiness.mark(self._connection, self._layout, self._run)
-            cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
-        ready = 0
-        where = sa.true() if everything else since(journal.horizon)
-        for _, aside in self._asides():
-            ready += aside.take(where, self._resealer).ready
-        return ready
+    @property
+    def _readying(self) -> readying.Readying:
+        return readying.Readying(self._means, self._run, self._resealer)
 
-    def _stands(self) -> bool:
-        return readiness.stands(self._connection, self._layout, self._run)
+    def claim_late(self, allowed: tuple[str, ...], spec: Mapping[str, int], after: Mapping[str, Any] | None) -> Batch:
+        """Look into tables and rows that the discovery did not see."""
+        late = latecomers.Latecomers(self._connection, self._layout, self._run, allowed)
+        return late.claim(spec, after)
 
-    def claim_cut_over(self, after: Mapping[str, Any] | None, allowed: int) -> Batch:
+    def claim_cut_over(
+        self, after: Mapping[str, Any] | None, *, allowed: int, allowed_columns: tuple[str, ...]
+    ) -> Batch:
         """Refused when unknown columns hold ciphertext, or more than allowed opens with no key.
 
         Raises Waits until an operator permits a manual cut-over.
@@ -236,45 +224,38 @@ class Rotating:
         self._require_in_use()
         if self._file:
             cutover.settle_file(self.keys, self._journal)
-        if found := discovery.found(self._connection, self._run):
+        self._require_none_found(discovery.found(self._connection, self._run))
+        self._readying.note_counted(self.keys, allowed)
+        if not (self._file or masterkeys.permitted(self._connection, self._journal)):
+            raise Waits(f"ready for the cut-over: stop every server, then `{SWITCH} {self._run}`")
+        after = after or {}
+        # The run may have waited or been stopped for long.
+        settled = self.settlements()
+        looked = after.get("looked") if after.get("settlements") == settled else None
+        if (settled or not self._file) and not (looked and looked["done"]):
+            batch = self.claim_late(allowed_columns, {"part": 0, "parts": 1}, looked)
+            self._require_none_found(batch.after["found"])
+            looked = {**batch.after, "done": batch.exhausted}
+            return Batch(after={**after, "looked": looked, "settlements": settled}, exhausted=False)
+        # Nobody should wait for what can be made ready before. From here on no table can be rewritten, for this look
+        # has locked them against that.
+        rounds = after.get("rounds", 0) + 1
+        after = {**after, "rounds": rounds}
+        if self._readying.catch_up() > _FEW and rounds < _MOST_ROUNDS:
+            return Batch(after=after, exhausted=False)
+        return Batch(after=after, exhausted=True, spec={"cut over": True, "allowed": allowed})
+
+    @staticmethod
+    def _require_none_found(found: Mapping[str, int]) -> None:
+        if found:
             named = ", ".join(f"{column} ({number})" for column, number in sorted(found.items()))
             raise Refused(f"columns this release does not know may hold ciphertext: {named}; see --allow-column")
-        self._note_before(allowed)
-        if not self._file and self._journal.permitted_at is None:
-            raise Waits(f"ready for the cut-over: stop every server, then `{SWITCH} {self._run}`")
-        # The run may have waited or been stopped for long: nobody should wait for what can be made ready before. From
-        # here on no table can be rewritten, for this look has locked them against that.
-        rounds = after["rounds"] + 1 if after else 1
-        if self._catch_up() > _FEW and rounds < _MOST_ROUNDS:
-            return Batch(after={"rounds": rounds}, exhausted=False)
-        return Batch(after={"rounds": rounds}, exhausted=True, spec={"cut over": True})
-
-    def _note_before(self, allowed: int) -> None:
-        """Say in the journal which key opened what when it was made ready."""
-        found, total = dict[str, Census](), Census()
-        for spec, cursor in ledger_shards.cursors(self._connection, self._run, f"{_MAKE_READY}:"):
-            if "counted" not in cursor:
-                raise Refused("the run was begun by an earlier release, which did not count; start a new run")
-            one = found.setdefault(spec["carrier"], Census())
-            one += Census(**cursor["counted"])
-            total += Census(**cursor["counted"])
-        prerequisites.require_opened(self.keys, total)
-        self.require_allowed(total.lost, allowed)
-        masterkeys.seen(self._connection, self.keys.old.fingerprint, found=total.old, current=True)
-        before = {name: one.to_json() for name, one in found.items()}
-        masterkeys.note(self._connection, self._run, envelopes={"before": before})
 
     def apply(self, batch: Batch) -> Tally:
         """Cut over, or swap what was made ready."""
         if batch.spec.get("cut over"):
-            return self._cut_over()
+            return self._cut_over(batch.spec["allowed"])
         return self._swap() if batch.spec.get("swap") else Tally()
-
-    def _make_ready(self, name: str, first: int, end: int | None) -> Census:
-        for carrier, aside in self._asides():
-            if carrier.name == name:
-                return aside.take_window(first, end, self._resealer)
-        raise Refused(f"this release does not know {name}; resume with the release that began the rotation")
 
     def _swap(self) -> Tally:
         tally = sum((aside.swap() for _, aside in self._asides()), Tally())
@@ -282,10 +263,11 @@ class Rotating:
             aside.require_taken()
         return tally
 
-    def _cut_over(self) -> Tally:
+    def _cut_over(self, allowed: int) -> Tally:
         cutover.hold_off_writers(self._connection, self._layout, seconds=self._means.settings.scan_timeout)
         locked = time.monotonic()
-        self._catch_up()
+        self._readying.catch_up()
+        self._readying.note_lost_since(allowed)
         tally = self._swap()
         waited = cutover.hold_off_readers(self._connection, self._layout)
         masterkeys.note(
@@ -302,8 +284,12 @@ class Rotating:
             cutover.swap_file(self.keys, self._journal)
         return tally
 
-    def sweep(self, *, everything: bool) -> tuple[int, bool]:
-        """Make ready what came with the old key after all; rows found, and whether a server has used the new key."""
+    def settlements(self) -> int:
+        """How often the run was settled so far: stopped or failed, and then resumed."""
+        return audit.number(self._connection, self._run)
+
+    def sweep(self, *, everything: bool) -> Swept:
+        """Make ready what came with the old key after all."""
         # Else rows of the key that is in use would be sealed with one that is not.
         self._require_in_use()
         return Sweeping(self._means, self._journal, self._resealer).sweep(everything=everything)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import sqlalchemy as sa
 
-from worker import cutover, masterkeys, readiness
-from worker.aside import RESEALED, asides
+from worker import cutover, masterkeys, noted, readiness
+from worker.aside import asides
 from worker.ciphertext import since
 
 if TYPE_CHECKING:
     from worker.masterkeys import Rotation
     from worker.means import Means
     from worker.reseal import Resealer
+
+
+class Swept(NamedTuple):
+    """What a sweep saw: rows made ready, whether a server has used the new key, whether what was ready still stands.
+
+    Where it does not, the sweep looked at everything, and what comes after must be looked at before anything is said.
+    """
+
+    ready: int
+    proved: bool
+    stands: bool
 
 
 class Sweeping:
@@ -27,29 +38,26 @@ class Sweeping:
         self._run = journal.run_id
         self._resealer = resealer
 
-    def sweep(self, *, everything: bool) -> tuple[int, bool]:
-        """Make ready what came with the old key after all; rows found, and whether a server has used the new key."""
+    def sweep(self, *, everything: bool) -> Swept:
+        """Make ready what came with the old key after all."""
         journal, ready, fresh = self._journal, 0, list[str]()
+        forgotten = not readiness.kept(self._connection, self._run)
         lost = not readiness.stands(self._connection, self._layout, self._run)
-        if lost:
-            # Which rows were ours is forgotten: only what comes from here on can prove anything.
+        if forgotten:
+            # Which envelopes were ours nobody knows: only one that comes from here on can prove anything.
             masterkeys.look_from_here(self._connection, self._run)
-            readiness.mark(self._connection, self._layout, self._run)
+        if lost:
+            readiness.mark_again(self._connection, self._layout, self._run)
         if everything or lost:
             cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
         where = sa.true() if everything or lost else since(journal.horizon, but=journal.cut_over_by)
-        for carrier, aside in asides(self._connection, self._layout, self._run):
-            taken = aside.take(where, self._resealer)
+        for _, aside in asides(self._connection, self._layout, self._run):
+            taken = aside.take(where, self._resealer, noting=forgotten)
             ready += taken.ready
-            fresh += taken.done if carrier.fresh else ()
-        if everything or lost:
-            return ready, journal.proved_at is not None
-        if journal.proved_at is None and self._written_by_others(fresh):
-            masterkeys.note(self._connection, self._run, proved_at=sa.func.clock_timestamp())
-            return ready, True
-        return ready, journal.proved_at is not None
-
-    def _written_by_others(self, keys: list[str]) -> bool:
-        """Whether one of these rows, all under the new key, was never resealed by us."""
-        mine = sa.select(sa.cast(RESEALED.c.key, sa.Text)).where(RESEALED.c.run_id == self._run)
-        return bool(set(keys).difference(self._connection.scalars(mine))) if keys else False
+            fresh += taken.done
+        proved = journal.proved_at is not None
+        if not (proved or everything or lost):
+            proved = noted.sealed_by_others(self._connection, self._layout, self._run, fresh)
+            if proved:
+                masterkeys.note(self._connection, self._run, proved_at=sa.func.clock_timestamp())
+        return Swept(ready, proved, not lost)

@@ -17,7 +17,7 @@ from worker.keyring import MasterKey
 from worker.operations import Operations
 from worker.runner import Outcome
 
-MAKE_READY, CATCH_UP, CUT_OVER, SWEEP = range(4)
+MAKE_READY, CATCH_UP, CUT_OVER, SWEEP, LOOK_AGAIN = range(5)
 
 
 def key_file(vault: Vault, name: str = "new.key", key: MasterKey | None = None) -> tuple[Path, MasterKey]:

@@ -12,6 +12,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
+from tests.cli.helpers import refused
 from tests.rotation import steps
 from tests.rotation.vault import VALUES, Vault
 from worker import keyring
@@ -141,6 +142,39 @@ def test_another_column_that_changes_with_the_ciphertext_breaks_the_promise(vaul
     assert result["state"] == "unkept"
     assert [one["what"] for one in result["findings"]] == ["another column than the ciphertext was changed with it"]
     assert result["findings"][0]["rows"] == 40
+    words = ("run", "rotate-master-key", "--inline", "--yes", "--generate")
+    refused(vault.deployment, *words, says="ended unkept; see what it found, and --rollback it", status=3)
+
+
+@pytest.mark.parametrize("stage", [steps.CUT_OVER, steps.SWEEP])
+@pytest.mark.parametrize(
+    "change", ["ADD COLUMN note text DEFAULT 'x'", "DROP COLUMN version CASCADE", "ALTER COLUMN version TYPE bigint"]
+)
+def test_a_table_that_gets_other_columns_meanwhile_is_no_row_that_changed(
+    vault: Vault, stage: int, change: str
+) -> None:
+    """A newer release of the app may bring them."""
+    run = steps.start(vault, generate=True)
+    steps.work_until(vault, run, stage)
+    vault.deployment.query(f"ALTER TABLE company_secret_versions {change}")
+    result = steps.work(vault, run)
+    assert result["kept"] is True, result["findings"]
+    assert vault.opened(vault.now) == vault.held
+
+
+def test_a_column_that_changes_with_the_ciphertext_is_found_beside_a_new_one(vault: Vault) -> None:
+    vault.deployment.query(
+        "CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$BEGIN NEW.version := NEW.version + 10000000; RETURN NEW; END$$"
+    )
+    vault.deployment.query(
+        "CREATE TRIGGER meddle BEFORE UPDATE ON company_secret_versions FOR EACH ROW EXECUTE FUNCTION meddle()"
+    )
+    run = steps.start(vault, generate=True)
+    steps.work_until(vault, run, steps.SWEEP)
+    vault.deployment.query("ALTER TABLE company_secret_versions ADD COLUMN note text")
+    result = steps.work(vault, run)
+    assert [one["rows"] for one in result["findings"]] == [40]
 
 
 @pytest.mark.parametrize("size", [1_200, 9_000], ids=["in the table", "beside it"])

@@ -173,3 +173,92 @@ def test_a_column_that_cannot_be_read_is_named(released_vault: Vault) -> None:
     finally:
         blind.deployment.operations.engine.dispose()
         vault.deployment.query(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+# -- what comes after the first look ---------------------------------------------------------------------
+
+
+def _hide(vault: Vault, table: str = "public.notes") -> None:
+    vault.deployment.query(f"INSERT INTO {table} VALUES (1, %s)", json.dumps({"kept": vault.seal("hidden")}))
+
+
+@pytest.fixture
+def notes(released_vault: Vault) -> Vault:
+    """A deployment with a table in which nothing is yet, and one with much else in it."""
+    released_vault.deployment.query("CREATE TABLE public.notes (id int, body jsonb)")
+    return released_vault
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["in a table that was looked into", "in a new table"])
+@pytest.mark.parametrize("cutover", ["manual", "file"])
+def test_an_envelope_that_comes_while_a_run_stands_still_stops_the_cut_over(
+    notes: Vault, cutover: str, known: bool
+) -> None:
+    """A manual run waits for its operator, another was stopped and is resumed."""
+    vault = notes
+    path, _ = steps.key_file(vault)
+    run = steps.start(vault, new_key_file=str(path), cutover=cutover)
+    steps.work_until(vault, run, steps.CUT_OVER)
+    if not known:
+        vault.deployment.query("DROP TABLE notes")
+        vault.deployment.query("CREATE TABLE notes (id int, body jsonb)")
+    _hide(vault)
+    if cutover == "manual":
+        vault.deployment.cli("keys", "switch", str(run), "--yes")
+    else:
+        vault.deployment.operations.stop(str(run))
+        vault.deployment.operations.resume(str(run))
+    with pytest.raises(Refused, match=r"public\.notes\.body \(1\); see --allow-column"):
+        steps.work(vault, run)
+    assert vault.now == vault.key
+    assert vault.opened(vault.key) == vault.held
+
+
+def test_the_second_look_goes_on_where_it_was(notes: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bites, of which none sees what another saw; rows that were looked into before are not read again."""
+    monkeypatch.setattr("worker.latecomers._WINDOW", 64)
+    vault = notes
+    run = steps.start(vault, generate=True)
+    steps.work_until(vault, run, steps.CUT_OVER)
+    vault.deployment.query(
+        "INSERT INTO notes SELECT n, to_jsonb(repeat(md5(n::text), 20)) FROM generate_series(1, 500) n"
+    )
+    vault.deployment.query("CREATE TABLE more AS SELECT * FROM notes")
+    for number in range(0, 500, 100):
+        for table in ("notes", "more"):
+            query = f"UPDATE {table} SET body = %s WHERE id = %s"
+            vault.deployment.query(query, json.dumps(vault.seal("hidden")), number + 1)
+    result = steps.work(vault, run)
+    assert result["state"] == "unkept"
+    found = {(one["table"], one["rows"], one["what"]) for one in result["findings"]}
+    assert found == {(f"public.{one}", 5, "ciphertext in the unknown column body") for one in ("notes", "more")}
+    query = "SELECT sum(bites)::int FROM paperclip_worker.shards WHERE run_id = %s AND key ~ '^look-again'"
+    assert vault.deployment.query(query, run)[0][0] > 10
+
+
+def test_an_envelope_that_the_swap_itself_put_elsewhere_breaks_the_promise(notes: Vault) -> None:
+    """A history kept by a trigger has the old ciphertext, which the new key does not open."""
+    vault = notes
+    vault.deployment.query(
+        "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$BEGIN INSERT INTO notes VALUES (1, to_jsonb(OLD)); RETURN NEW; END$$"
+    )
+    vault.deployment.query(
+        "CREATE TRIGGER keep AFTER UPDATE ON company_secret_versions FOR EACH ROW EXECUTE FUNCTION keep()"
+    )
+    result = vault.run("--generate", ok=False)
+    assert result["state"] == "unkept"
+    rows = sum(table == "company_secret_versions" for table, _ in vault.held)
+    (finding,) = result["findings"]
+    assert (finding["table"], finding["rows"]) == ("public.notes", rows)
+    assert finding["what"] == "ciphertext in the unknown column body"
+
+
+def test_an_allowed_column_may_fill_meanwhile(notes: Vault) -> None:
+    vault = notes
+    run = steps.start(vault, generate=True, allow_column=("notes.body",))
+    steps.work_until(vault, run, steps.CUT_OVER)
+    _hide(vault)
+    vault.deployment.operations.stop(str(run))
+    vault.deployment.operations.resume(str(run))
+    assert steps.work(vault, run)["kept"] is True

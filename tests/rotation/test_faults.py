@@ -170,15 +170,18 @@ def test_a_crash_proves_no_server(mortal_vault: Vault, mortal: embedded.Embedded
     vault.file.write_text(new.text)
     vault.deployment.query("UPDATE paperclip_worker.rotations SET permitted_at = now(), permitted_by = 'tester'")
     assert runner.work(run, seconds=0) is Outcome.MORE
-    cut = "SELECT count(cut_over_at) FROM paperclip_worker.rotations"
-    wait(lambda: runner.work(run, seconds=0) and vault.deployment.query(cut) == [(1,)])
+    asked = "start the servers"
+    # Its clean sweeps are behind it: only what it looks for after the crash can hold it back.
+    wait(lambda: runner.work(run, seconds=0) and asked in (operations.find(str(run)).waiting or ""))
     assert vault.now == new
     crash(mortal)()
-    vault.deployment.query("DELETE FROM paperclip_worker.resealed")
+    assert vault.deployment.query("SELECT count(*) FROM paperclip_worker.resealed") == [(0,)]
     assert runner.work(run, seconds=6) is Outcome.MORE
-    waiting = operations.find(str(run)).waiting
-    assert waiting is not None
-    assert "start the servers" in waiting
+    assert asked in (operations.find(str(run)).waiting or "")
+    # A server with the old key touches what we sealed.
+    vault.deployment.query("UPDATE company_secret_versions SET status = 'previous'")
+    assert runner.work(run, seconds=3) is Outcome.MORE
+    assert asked in (operations.find(str(run)).waiting or "")
     with vault.connect() as connection:
         vault.add_version(connection, "by a server", key=new)
     finish(vault, run)

@@ -15,6 +15,8 @@ from tests.rotation.vault import Vault
 from worker import audit, cutover, discovery, keyfile, keyring, ledger_shards, masterkeys
 from worker.aside import Aside
 from worker.keyring import MasterKey
+from worker.latecomers import Latecomers
+from worker.readying import Readying
 from worker.rotation import Rotating
 
 pytestmark = pytest.mark.faults
@@ -27,8 +29,8 @@ BEGIN: dict[str, Step] = {
 }
 READY: dict[str, Step] = {
     "read, nothing made ready": (Aside, "_put", 1, BEFORE),
-    "made ready, uncommitted": (Rotating, "_make_ready", 1, UNCOMMITTED),
-    "made ready, committed": (Rotating, "_make_ready", 1, COMMITTED),
+    "made ready, uncommitted": (Readying, "window", 1, UNCOMMITTED),
+    "made ready, committed": (Readying, "window", 1, COMMITTED),
     "after a look elsewhere": (discovery, "claim", 1, COMMITTED),
     "after the catch-up": (Rotating, "claim_catch_up", 1, COMMITTED),
 }
@@ -47,6 +49,7 @@ LATER: dict[str, Step] = {
     "cut over": (cutover, "swap_file", 1, COMMITTED),
     "in the first sweep": (Rotating, "sweep", 1, AFTER),
     "after the second sweep": (Rotating, "sweep", 2, COMMITTED),
+    "after the last look elsewhere": (Latecomers, "claim", 1, COMMITTED),
     "verified": (RotateMasterKey, "verify", 1, COMMITTED),
     "finishing, staged key there": (RotateMasterKey, "finish", 1, BEFORE),
     "finishing, staged key gone": (RotateMasterKey, "finish", 1, AFTER),

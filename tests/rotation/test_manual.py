@@ -6,8 +6,10 @@ import threading
 from typing import Any
 from uuid import UUID
 
+import psycopg
 import pytest
 
+from tests.cli.helpers import refused
 from tests.rotation import steps
 from tests.rotation.vault import Vault
 from worker.errors import Refused
@@ -125,6 +127,70 @@ def test_a_changed_copy_of_what_we_sealed_is_no_proof(by_hand: Vault) -> None:
     assert _journal(vault, run, "proved_at") is None
 
 
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param("VACUUM FULL company_secret_versions", id="rewritten"),
+        pytest.param("TRUNCATE paperclip_worker.resealed", id="emptied by a crash"),
+    ],
+)
+def test_it_goes_on_after_what_it_knew_no_longer_stands(by_hand: Vault, what: str) -> None:
+    """Clean sweeps came before: it looks at everything once, and then for proof again."""
+    vault = by_hand
+    run, key = _begin(vault)
+    _work_until_it_waits(vault, run, "keys switch")
+    _permit(vault, run)
+    _work_until_it_waits(vault, run, "start the servers")
+    with psycopg.connect(vault.deployment.environment["DATABASE_URL"], autocommit=True) as admin:
+        admin.execute(what.encode())
+    assert _work(vault, run, 1.5) is Outcome.MORE
+    assert _journal(vault, run, "proved_at") is None
+    with vault.connect() as connection:
+        vault.add_version(connection, "proof", key=key)
+    assert _work(vault, run, 10) is Outcome.SETTLED
+    assert vault.deployment.operations.result(run)["kept"] is True
+    assert vault.opened(key) == vault.held
+
+
+def test_what_was_under_the_new_key_before_is_no_proof(by_hand: Vault) -> None:
+    """Some server was tried with the new key; another, with the old one, touches what it wrote, and copies it."""
+    vault = by_hand
+    path, key = steps.key_file(vault)
+    with vault.connect() as connection:
+        vault.add_version(connection, "early", key=key)
+    run = steps.start(vault, new_key_file=str(path), cutover="manual")
+    steps.work_until(vault, run, steps.CUT_OVER)
+    with vault.connect() as connection:
+        vault.add_version(connection, "early as well", key=key)
+    _work_until_it_waits(vault, run, "keys switch")
+    _permit(vault, run)
+    steps.work_until(vault, run, steps.SWEEP)
+    vault.deployment.query("UPDATE company_secret_versions SET version = version + 20000000")
+    assert _work(vault, run, 2) is Outcome.MORE
+    assert _journal(vault, run, "proved_at") is None
+    with vault.connect() as connection:
+        vault.add_version(connection, "proof", key=key)
+    assert steps.work(vault, run)["kept"] is True
+    assert vault.opened(key) == vault.held
+
+
+def test_only_a_run_that_waits_for_it_is_permitted_to_cut_over(by_hand: Vault) -> None:
+    vault = by_hand
+    run, key = _begin(vault)
+    switch = ("keys", "switch", str(run), "--yes")
+    refused(vault.deployment, *switch, says="is no rotation with --cutover manual that was laid out")
+    steps.work_until(vault, run, steps.CATCH_UP)
+    refused(vault.deployment, *switch, says=f"run {run} is not ready for the cut-over")
+    _work_until_it_waits(vault, run, "keys switch")
+    vault.deployment.operations.stop(str(run))
+    refused(vault.deployment, *switch, says=f"run {run} is stopped")
+    vault.deployment.operations.resume(str(run))
+    assert _journal(vault, run, "permitted_at") is None
+    vault.deployment.cli(*switch)
+    steps.work_until(vault, run, steps.SWEEP)
+    assert vault.opened(key) == vault.held
+
+
 def test_it_is_stopped_while_it_waits_and_goes_on(by_hand: Vault) -> None:
     vault = by_hand
     run, key = _begin(vault)
@@ -177,6 +243,24 @@ def test_a_new_key_that_is_nowhere_stops_it(by_hand: Vault) -> None:
     with pytest.raises(Refused, match=f"the new master key {key.fingerprint} is nowhere to be found"):
         _work(vault, run, 5)
     assert vault.opened(vault.key) == vault.held
+
+
+def test_a_permission_ends_with_a_run_that_fails_however_it_does(by_hand: Vault) -> None:
+    """Without the new key nothing can be taken back; the servers are started again all the same."""
+    vault = by_hand
+    run, key = _begin(vault)
+    _work_until_it_waits(vault, run, "keys switch")
+    _permit(vault, run)
+    (vault.file.parent.parent / "new.key").unlink()
+    with pytest.raises(Refused, match="is nowhere to be found"):
+        _work(vault, run, 5)
+    steps.key_file(vault, key=key)
+    vault.deployment.operations.resume(str(run))
+    _work_until_it_waits(vault, run, "keys switch")
+    assert vault.opened(vault.key) == vault.held
+    vault.deployment.cli("keys", "switch", str(run), "--yes")
+    steps.work_until(vault, run, steps.SWEEP)
+    assert vault.opened(key) == vault.held
 
 
 def _permit_when_ready(vault: Vault, run: UUID) -> None:

@@ -94,4 +94,4 @@ def test_help_is_called_for_again_when_there_is_work_for_more(vault: Vault) -> N
     runner = vault.deployment.operations.runner()
     assert runner.work(run, seconds=math.inf, call_help=call_help) is Outcome.SETTLED
     # Who lays the run out has help at once; between, there is one thing to do at a time.
-    assert called == [(steps.MAKE_READY, 1), (steps.SWEEP, 1)]
+    assert called == [(steps.MAKE_READY, 1), (steps.SWEEP, 1), (steps.LOOK_AGAIN, 1)]

@@ -6,12 +6,14 @@ import json
 from typing import Any
 from uuid import UUID
 
+import psycopg
 import pytest
 
 from tests.cli.helpers import refused
 from tests.rotation import steps
 from tests.rotation.vault import Vault
 from worker import keyring
+from worker.errors import Refused
 
 RUN = ("run", "rotate-master-key", "--inline", "--yes", "--generate")
 
@@ -86,6 +88,72 @@ def test_one_more_that_comes_meanwhile_breaks_the_promise(vault: Vault) -> None:
     assert [one["what"] for one in result["findings"]] == ["sealed with neither key, and was not when the run began"]
     del vault.held["company_secret_versions", str(row)]
     _opened(vault, {str(row): ""})
+
+
+def _exchange(vault: Vault, lost: dict[str, str]) -> str:
+    """One that was lost goes, and another comes."""
+    gone, *_ = lost
+    vault.deployment.query("DELETE FROM company_secret_versions WHERE id = %s", UUID(gone))
+    with vault.connect() as connection:
+        row = vault.add_version(connection, "lost", key=keyring.generate())
+    del vault.held["company_secret_versions", str(row)]
+    return str(row)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["", "and the tables are rewritten"])
+def test_one_that_comes_for_one_that_goes_breaks_the_promise(vault: Vault, moved: bool) -> None:
+    lost = _lose(vault)
+    run = steps.start(vault, generate=True, allow_undecryptable=3)
+    steps.work_until(vault, run, steps.SWEEP)
+    row = _exchange(vault, lost)
+    if moved:
+        with psycopg.connect(vault.deployment.environment["DATABASE_URL"], autocommit=True) as admin:
+            admin.execute("VACUUM FULL company_secret_versions")
+    result = steps.work(vault, run)
+    assert result["state"] == "unkept"
+    assert [(one["rows"], one["what"]) for one in result["findings"]] == [
+        (1, "sealed with neither key, and was not when the run began")
+    ]
+    _opened(vault, lost | {row: ""})
+
+
+def test_what_a_crash_made_us_forget_is_told_by_its_number(vault: Vault) -> None:
+    lost = _lose(vault)
+    run = steps.start(vault, generate=True, allow_undecryptable=3)
+    steps.work_until(vault, run, steps.SWEEP)
+    vault.deployment.query("TRUNCATE paperclip_worker.resealed")
+    assert steps.work(vault, run)["kept"] is True
+    _opened(vault, lost)
+
+
+@pytest.mark.parametrize("allowed", [3, 4])
+def test_more_that_come_before_the_cut_over_are_refused_as_well(vault: Vault, allowed: int) -> None:
+    """Also where one went: who allowed it allowed just that one. What is allowed does not break the promise."""
+    lost = _lose(vault)
+    run = steps.start(vault, generate=True, allow_undecryptable=allowed)
+    steps.work_until(vault, run, steps.CUT_OVER)
+    row = _exchange(vault, lost)
+    if allowed == 4:
+        result = steps.work(vault, run)
+        assert result["kept"] is True
+        assert sum(one["lost"] for one in result["receipt"]["evidence"]["envelopes"]["before"].values()) == 4
+        _opened(vault, lost | {row: ""})
+        return
+    with pytest.raises(Refused, match=r"4 ciphertexts open with no key .*--allow-undecryptable 4"):
+        steps.work(vault, run)
+    assert vault.now == vault.key
+    _opened(vault, lost | {row: ""})
+
+
+@pytest.mark.parametrize("digest", ["ab\ncd", "ab\x02cd", 'ab"\x01', "0" * 63])
+def test_a_digest_that_is_none_is_one_that_does_not_fit(released_vault: Vault, digest: str) -> None:
+    vault = released_vault
+    with vault.connect() as connection:
+        vault.add_version(connection, "odd", value_sha256=digest)
+    plan = vault.deployment.json("plan", "rotate-master-key", "--generate")
+    assert [one for one in plan["notes"] if one.startswith("odd: 1 ")]
+    assert vault.run("--generate")["kept"] is True
+    assert vault.opened(vault.now) == vault.held
 
 
 def test_one_that_was_odd_before_does_not_break_the_promise(released_vault: Vault) -> None:

@@ -14,12 +14,13 @@ from uuid import UUID
 import psycopg
 import pytest
 
+from tasks import rotate_master_key
 from tasks.rotate_master_key import RotateMasterKey
 from tests.faults.evidence import wait
 from tests.rotation import app
 from tests.rotation.vault import Vault
 from worker import cutover, runner
-from worker.errors import Contended
+from worker.errors import Contended, Refused
 from worker.rotation import Rotating
 from worker.runner import Outcome
 
@@ -82,6 +83,30 @@ def test_a_server_goes_on_through_a_rotation(released_vault: Vault) -> None:
     assert seen.torn <= seen.reads // 10
     switched = datetime.fromisoformat(evidence["cut_over_at"]).timestamp()
     assert all(0 < one - switched < 10 for one in seen.unread)
+
+
+def test_a_server_that_keeps_the_old_key_fails_the_run_until_it_is_put_right(
+    released_vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it wrote so far is sealed anew all the same, and the resumed run has its sweeps before it again."""
+    vault, writes, original = released_vault, [True], Rotating.sweep
+
+    def beside_a_writer(self: Rotating, **named: bool) -> Any:
+        if writes:
+            with vault.connect() as connection:
+                vault.add_version(connection, "with the old key")
+        return original(self, **named)
+
+    monkeypatch.setattr(Rotating, "sweep", beside_a_writer)
+    monkeypatch.setattr(rotate_master_key, "_MOST_SWEEPS", 2)
+    run = begin(vault)
+    for _ in range(2):
+        with pytest.raises(Refused, match="a server still seals with the old key"):
+            vault.deployment.operations.runner().work(run, seconds=math.inf)
+        assert vault.opened(vault.now) == vault.held
+        vault.deployment.operations.resume(str(run))
+    writes.clear()
+    finish(vault, run)
 
 
 def test_rows_that_change_after_they_were_made_ready(released_vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,9 @@ from worker.errors import Refused
 if TYPE_CHECKING:
     from uuid import UUID
 
+    import sqlalchemy as sa
+
+    from worker.ledger import Run
     from worker.masterkeys import Rotation
     from worker.operations import Operations
 
@@ -89,24 +92,43 @@ def switch(*, run: str, yes: bool, actor: str | None, as_json: bool) -> None:
     Stop every server first: one that still runs fails on every secret from then on. Afterwards give each of them the
     new key and start it; once one of them has sealed a secret with it, the run goes on.
     """
-    from worker import masterkeys
+    from worker import ledger, masterkeys
 
     deployment = common.operations()
     found = deployment.find(run)
     with deployment.transaction(read_only=True) as connection:
-        journal = masterkeys.of(connection, found.id)
-    if journal is None or found.params.get("cutover") != "manual":
-        raise Refused(f"run {found.id} is no rotation with --cutover manual that was laid out")
-    if journal.permitted_at is not None:
-        raise Refused(f"run {found.id} was permitted to cut over already, by {journal.permitted_by}")
+        journal = _permissible(connection, found)
     common.require_answer(yes=yes, as_json=as_json, what="servers with the old key would fail on every secret")
     common.confirm(journal.new_key, yes=yes)
     with deployment.transaction() as connection:
+        # Held, so that it cannot be settled meanwhile, which would leave the permission behind.
+        held = ledger.get(connection, found.id, hold=True)
+        if held is None:
+            raise Refused(f"run {found.id} is being changed this moment; look again")
+        _permissible(connection, held)
         masterkeys.permit(connection, found.id, by=actor or common.login())
     if as_json:
         common.print_json({"run": str(found.id), "new_key": journal.new_key, "permitted": True})
     else:
         click.echo(f"run {found.id} may cut over; then start the servers with the key {journal.new_key}")
+
+
+def _permissible(connection: sa.Connection, run: Run) -> Rotation:
+    """The journal of a run that waits for this word. Refused, saying why, where it does not."""
+    from tasks.rotate_master_key import CUT_OVER
+    from worker import ledger_shards, masterkeys
+    from worker.states import State
+
+    journal = masterkeys.of(connection, run.id)
+    if journal is None or run.params.get("cutover") != "manual":
+        raise Refused(f"run {run.id} is no rotation with --cutover manual that was laid out")
+    if masterkeys.permitted(connection, journal):
+        raise Refused(f"run {run.id} was permitted to cut over already, by {journal.permitted_by}")
+    if run.state is not State.RUNNING:
+        raise Refused(f"run {run.id} is {run.state}; only one that is under way can be permitted to cut over")
+    if ledger_shards.stage(connection, run.id) != CUT_OVER:
+        raise Refused(f"run {run.id} is not ready for the cut-over; `runs show {run.id}` says when it is")
+    return journal
 
 
 @keys.command(params=jobs.run_options())
