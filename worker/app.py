@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -13,7 +12,7 @@ from celery import Celery, signals
 from kombu.exceptions import OperationalError
 
 from worker import backlog, logs, standing, timetable
-from worker.errors import Contended, DatabaseGone, Refused, UnderWay, WorkerError
+from worker.errors import DatabaseGone, Refused, UnderWay, WorkerError
 from worker.liveness import BEAT_PREFIX
 from worker.logs import log
 from worker.operations import Operations
@@ -117,19 +116,19 @@ def make(settings: Settings, times: Timetable | None = None) -> Celery:
     app.conf.update(_configuration(settings, times))
     site = Site(settings, times, app)
 
-    @app.task(name=_WORK, acks_late=True, reject_on_worker_lost=True, ignore_result=True)
+    @app.task(name=_WORK, shared=False, acks_late=True, reject_on_worker_lost=True, ignore_result=True)
     def work(run: str) -> None:
         site.work(UUID(run))
 
-    @app.task(name=_LAUNCH, ignore_result=True)
+    @app.task(name=_LAUNCH, shared=False, ignore_result=True)
     def launch(name: str) -> None:
         site.launch(name)
 
-    @app.task(name=_RESCUE, ignore_result=True)
+    @app.task(name=_RESCUE, shared=False, ignore_result=True)
     def rescue() -> None:
         site.rescue()
 
-    @app.task(name=_MEASURE, ignore_result=True)
+    @app.task(name=_MEASURE, shared=False, ignore_result=True)
     def measure() -> None:
         site.measure()
 
@@ -194,7 +193,6 @@ def _configuration(settings: Settings, times: Timetable) -> dict[str, Any]:
         "broker_transport_options": transport,
         "timezone": times.timezone,
         "enable_utc": True,
-        "beat_scheduler": "redbeat.RedBeatScheduler",
         "beat_max_loop_interval": settings.beat_seconds,
         "redbeat_redis_url": settings.broker(),
         "redbeat_redis_options": {"socket_timeout": 10, "socket_connect_timeout": 5},
@@ -225,7 +223,7 @@ def run_worker(settings: Settings, *, concurrency: int) -> int:
 
     Returns the exit status that Celery has for its end.
     """
-    _speak()
+    speak()
     operations = Operations(settings)
     # Refuse at start what would fail every message: key, database, ledger.
     try:
@@ -248,23 +246,8 @@ def run_worker(settings: Settings, *, concurrency: int) -> int:
     return int(begun[-1].exitcode or 0)
 
 
-def run_beat(settings: Settings) -> None:
-    """Run beat in this process until it is told to stop. Refused when the broker does not answer."""
-    _speak()
-    operations = Operations(settings)
-    try:
-        operations.check_ready()
-        app = make(settings, times := timetable.of(operations))
-        require_broker(app)
-        with suppress(Contended), operations.transaction() as connection:
-            # Contended: another beat that starts at this moment notes the same.
-            standing.note(connection, times)
-    finally:
-        operations.close()
-    app.Beat(loglevel="INFO").run()
-
-
-def _speak() -> None:
+def speak() -> None:
+    """Log as a service does."""
     logs.configure()
     # Its news of every client is noise beside ours.
     logging.getLogger("botocore").setLevel(logging.WARNING)
