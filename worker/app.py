@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -12,7 +13,7 @@ from celery import Celery, signals
 from kombu.exceptions import OperationalError
 
 from worker import backlog, logs, standing, timetable
-from worker.errors import DatabaseGone, Refused, UnderWay, WorkerError
+from worker.errors import DatabaseGone, Refused, Transient, UnderWay, WorkerError
 from worker.liveness import BEAT_PREFIX
 from worker.logs import log
 from worker.operations import Operations
@@ -27,6 +28,8 @@ QUEUE = "paperclip-worker"
 RESCUE_EVERY = 60.0
 # A run that was rescued so often dies for a reason an operator must see.
 MOST_RESCUES = 10
+# A launch that met a fault which may pass is tried again so often, so far apart: for an hour.
+MOST_LAUNCHES, LAUNCH_AGAIN = 120, 30.0
 _WORK, _LAUNCH, _RESCUE, _MEASURE = (
     f"paperclip_worker.{name}" for name in ("work", "launch", timetable.RESCUE, timetable.MEASURE)
 )
@@ -74,16 +77,32 @@ class Site:
         if outcome is Outcome.MORE:
             self.enqueue(run)
 
-    def launch(self, name: str) -> None:
-        """Start the run of a schedule entry, unless its like is under way."""
+    def launch(self, name: str, tries: int = 0, since: str = "") -> None:
+        """Start the run of a schedule entry, unless its like is under way; after a fault that may pass, later.
+
+        So often has it been tried already, the first time at `since`: a run of the entry that was entered after
+        that, perhaps by a try whose end nobody heard of, is this due time's.
+        """
+        since = since or datetime.now(UTC).isoformat()
         try:
             job = self._times.entry(name).job
+            if tries and self._has_run(name, datetime.fromisoformat(since)):
+                log.info("schedule entry was started meanwhile", entry=name)
+                return
             self.enqueue(self.operations.start(job, actor="beat", via=standing.origin(name)))
         except UnderWay as error:
             log.warning("schedule entry skipped", entry=name, why=str(error))
         except WorkerError as error:
+            if isinstance(error, Transient) and tries < MOST_LAUNCHES:
+                log.warning("schedule entry is tried again", entry=name, why=str(error))
+                self._app.send_task(_LAUNCH, (name, tries + 1, since), countdown=LAUNCH_AGAIN)
+                return
             # No run tells of it: the entry's missed due times do.
             log.error("schedule entry not started", entry=name, error=str(error))
+
+    def _has_run(self, name: str, since: datetime) -> bool:
+        with self.operations.transaction(read_only=True) as connection:
+            return standing.has_run(connection, name, since=since)
 
     def measure(self) -> None:
         """Measure the backlog of every schedule entry, for the metrics."""
@@ -121,8 +140,8 @@ def make(settings: Settings, times: Timetable | None = None) -> Celery:
         site.work(UUID(run))
 
     @app.task(name=_LAUNCH, shared=False, ignore_result=True)
-    def launch(name: str) -> None:
-        site.launch(name)
+    def launch(name: str, tries: int = 0, since: str = "") -> None:
+        site.launch(name, tries, since)
 
     @app.task(name=_RESCUE, shared=False, ignore_result=True)
     def rescue() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import psycopg
 import pytest
 import redis
 from redbeat import RedBeatSchedulerEntry  # type: ignore[import-untyped]
@@ -22,6 +23,7 @@ import schedules
 from tests.conftest import Deployment
 from tests.faults.evidence import wait
 from worker import app, beat, config, logs, timetable
+from worker.runner import Outcome
 
 pytestmark = pytest.mark.faults
 ACTIVITY, EVENTS, *OTHERS = schedules.SCHEDULE
@@ -274,3 +276,83 @@ def test_a_changed_crontab_or_timezone_is_first_due_at_its_next_due_time(
         "0 6 * * *" if "crontab" in changed else schedules.SCHEDULE[ACTIVITY].crontab
     )
     assert not _launched(broker)
+
+
+# -- the launch -----------------------------------------------------------------------------------------
+
+
+def _messages(broker: redis.Redis) -> list[list[Any]]:
+    """What the launches in the queue are called with; taken from it."""
+    found = [json.loads(text) for text in broker.lrange(app.QUEUE, 0, -1)]
+    broker.delete(app.QUEUE)
+    assert {message["headers"]["task"] for message in found} <= {"paperclip_worker.launch"}
+    return [json.loads(base64.b64decode(message["body"]))[0] for message in found]
+
+
+@contextmanager
+def _site(deployment: Deployment, **environment: str) -> Iterator[app.Site]:
+    """What a worker holds, whose `work` messages go nowhere."""
+    settings = config.load({**deployment.environment, **environment})
+    with app.make(settings) as celery:
+        site = app.Site(settings, timetable.load(settings), celery)
+        deployment.opened.append(site.operations)
+        yield site
+
+
+@contextmanager
+def _held(deployment: Deployment, held: bool) -> Iterator[None]:
+    """The ledger's runs locked by somebody."""
+    with psycopg.connect(deployment.environment["DATABASE_URL"]) as connection:
+        if held:
+            connection.execute("LOCK TABLE paperclip_worker.runs")
+        yield
+
+
+_FAULTS = {
+    "database": {"DATABASE_URL": "postgres://nobody@127.0.0.1:9/none"},
+    "bucket": {"PAPERCLIP_STORAGE_S3_ENDPOINT": "http://127.0.0.1:9"},
+    "lock": {},
+}
+
+
+@pytest.mark.parametrize("fault", _FAULTS)
+def test_an_entry_that_is_due_while_something_is_away_is_started_later_and_once(
+    released: Deployment, broker: redis.Redis, fault: str
+) -> None:
+    with _held(released, fault == "lock"), _site(released, **_FAULTS[fault]) as site:
+        site.launch(ACTIVITY)
+        (again,) = _messages(broker)
+        site.launch(*again)
+        (again,) = _messages(broker)
+    assert again[:2] == [ACTIVITY, 2]
+    operations = released.operations
+    # As if the first had been entered, and the answer lost; or the message comes twice.
+    for _ in range(2):
+        with _site(released) as site:
+            site.launch(*again)
+        ((run, via),) = released.query("SELECT id, via FROM paperclip_worker.runs")
+        assert via == f"schedule:{ACTIVITY}"
+        assert operations.runner().work(run, seconds=60) is Outcome.SETTLED
+        assert not broker.exists(app.QUEUE)
+    # The next due time is another.
+    with _site(released) as site:
+        site.launch(ACTIVITY)
+    assert released.query("SELECT count(*) FROM paperclip_worker.runs") == [(2,)]
+
+
+def test_a_worker_takes_a_launch_up_again(
+    released: Deployment, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "LAUNCH_AGAIN", 0.5)
+    with _site(released, **_FAULTS["database"]) as site:
+        site.launch(ACTIVITY)
+    assert broker.llen(app.QUEUE) == 1
+    with released.worker():
+        wait(lambda: released.query("SELECT state FROM paperclip_worker.runs") == [("kept",)])
+
+
+def test_after_an_hour_a_launch_is_given_up(released: Deployment, broker: redis.Redis) -> None:
+    assert app.MOST_LAUNCHES * app.LAUNCH_AGAIN == 3600
+    with _site(released, **_FAULTS["database"]) as site:
+        site.launch(ACTIVITY, app.MOST_LAUNCHES, "2026-01-01T00:00:00+00:00")
+    assert not broker.exists(app.QUEUE)
