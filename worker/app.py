@@ -12,9 +12,8 @@ from uuid import UUID
 from celery import Celery, signals
 from kombu.exceptions import OperationalError
 
-from worker import backlog, logs, standing, timetable
+from worker import backlog, liveness, logs, standing, timetable
 from worker.errors import DatabaseGone, Refused, Transient, UnderWay, WorkerError
-from worker.liveness import BEAT_PREFIX
 from worker.logs import log
 from worker.operations import Operations
 from worker.runner import Outcome, Runner
@@ -26,10 +25,12 @@ if TYPE_CHECKING:
 
 QUEUE = "paperclip-worker"
 RESCUE_EVERY = 60.0
-# A run that was rescued so often dies for a reason an operator must see.
+# A run that was rescued so often without going on dies for a reason an operator must see.
 MOST_RESCUES = 10
 # A launch that met a fault which may pass is tried again so often, so far apart: for an hour.
 MOST_LAUNCHES, LAUNCH_AGAIN = 120, 30.0
+# Whatever else there is to do comes before the next slice of a run, however many runs wait for theirs.
+_LAST = 9
 _WORK, _LAUNCH, _RESCUE, _MEASURE = (
     f"paperclip_worker.{name}" for name in ("work", "launch", timetable.RESCUE, timetable.MEASURE)
 )
@@ -56,7 +57,7 @@ class Site:
     def enqueue(self, run: UUID, number: int = 1, *, after: float = 0) -> None:
         """Send so many `work` messages for a run."""
         for _ in range(number):
-            self._app.send_task(_WORK, (str(run),), countdown=after or None)
+            send_work(self._app, run, after=after)
 
     def work(self, run: UUID) -> None:
         """Take bites of a run for a bounded time, then re-send the message."""
@@ -111,7 +112,11 @@ class Site:
 
     def rescue(self) -> None:
         """Send work for runs that nothing has moved for a while, retire those that never do, and anchor receipts."""
+        waiting = liveness.waiting(self._app, QUEUE, _LAST)
         for run in self.operations.stalled():
+            if str(run.id) in waiting:
+                # It is not lost, the workers are busy with others.
+                continue
             try:
                 self._rescue(run)
             except Exception as error:  # noqa: BLE001 - one run that cannot be helped must not keep help from others
@@ -120,11 +125,14 @@ class Site:
         self.runner.anchor()
 
     def _rescue(self, run: Run) -> None:
-        self.operations.count_rescue(run)
-        if run.rescues >= MOST_RESCUES:
-            self.runner.give_up(run.id, f"stalled and taken up again {run.rescues} times without an end")
+        rescues = self.operations.count_rescue(run)
+        if rescues is None:
+            # Another worker was first, or it has gone on meanwhile.
+            return
+        if rescues > MOST_RESCUES:
+            self.runner.give_up(run.id, f"stalled and taken up again {rescues - 1} times and never went on")
         else:
-            log.warning("run taken up again", run=str(run.id), rescues=run.rescues + 1)
+            log.warning("run taken up again", run=str(run.id), rescues=rescues)
             self.enqueue(run.id)
 
 
@@ -143,7 +151,8 @@ def make(settings: Settings, times: Timetable | None = None) -> Celery:
     def launch(name: str, tries: int = 0, since: str = "") -> None:
         site.launch(name, tries, since)
 
-    @app.task(name=_RESCUE, shared=False, ignore_result=True)
+    # Acknowledged late, or the worker would have taken a run's message out of the queue meanwhile.
+    @app.task(name=_RESCUE, shared=False, acks_late=True, ignore_result=True)
     def rescue() -> None:
         site.rescue()
 
@@ -162,9 +171,9 @@ def make(settings: Settings, times: Timetable | None = None) -> Celery:
     return app
 
 
-def send_work(app: Celery, run: UUID) -> None:
-    """Put a run before the workers."""
-    app.send_task(_WORK, (str(run),))
+def send_work(app: Celery, run: UUID, *, after: float = 0) -> None:
+    """Put a run before the workers. OperationalError or RedisError when the broker does not take the message."""
+    app.send_task(_WORK, (str(run),), countdown=after or None, priority=_LAST)
 
 
 def require_broker(app: Celery) -> None:
@@ -215,7 +224,7 @@ def _configuration(settings: Settings, times: Timetable) -> dict[str, Any]:
         "beat_max_loop_interval": settings.beat_seconds,
         "redbeat_redis_url": settings.broker(),
         "redbeat_redis_options": {"socket_timeout": 10, "socket_connect_timeout": 5},
-        "redbeat_key_prefix": BEAT_PREFIX,
+        "redbeat_key_prefix": liveness.BEAT_PREFIX,
         # How long after a beat was killed the other takes over.
         "redbeat_lock_timeout": settings.beat_seconds * 5,
         "beat_schedule": beat_schedule(settings, times),
@@ -228,12 +237,12 @@ def beat_schedule(settings: Settings, times: Timetable) -> dict[str, Any]:
         name: {"task": _LAUNCH, "schedule": timetable.cron(entry.crontab), "args": (name,)}
         for name, entry in times.enabled.items()
     }
-    every = {timetable.RESCUE: (_RESCUE, RESCUE_EVERY)}
-    if settings.backlog_every:
-        every[timetable.MEASURE] = (_MEASURE, float(settings.backlog_every))
-    for name, (task, seconds) in every.items():
-        # What no worker took in time would only be done twice.
-        entries[name] = {"task": task, "schedule": seconds, "options": {"expires": seconds}}
+    # While no worker is up these would pile up. But a rescue must outlast a slice, and clocks that differ by minutes.
+    every = {timetable.RESCUE: (_RESCUE, RESCUE_EVERY, 10 * RESCUE_EVERY)}
+    if often := float(settings.backlog_every):
+        every[timetable.MEASURE] = (_MEASURE, often, often)
+    for name, (task, seconds, expires) in every.items():
+        entries[name] = {"task": task, "schedule": seconds, "options": {"expires": expires}}
     return entries
 
 

@@ -1,12 +1,14 @@
-"""Whether workers and beat are alive, as far as the broker knows."""
+"""Whether workers and beat are alive and what waits for them, as far as the broker knows."""
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from celery import Celery
 from celery.utils.nodenames import default_nodename, host_format
@@ -53,6 +55,15 @@ def ask(settings: Settings, *, timeout: float, beat: bool = False, here: bool = 
             return Alive(workers=tuple(sorted(name for reply in replies or () for name in reply)))
     finally:
         celery.close()
+
+
+def waiting(celery: Celery, queue: str, priority: int) -> set[str]:
+    """The runs whose message waits there as it was sent; one that came back from a dead worker is no sign of life."""
+    with celery.connection_for_read() as connection:
+        channel: Any = connection.default_channel
+        messages = [json.loads(text) for text in channel.client.lrange(channel._q_for_pri(queue, priority), 0, -1)]
+    sent = [one["body"] for one in messages if not one["headers"].get("redelivered")]
+    return {json.loads(base64.b64decode(body))[0][0] for body in sent}
 
 
 def silence(*, beat: bool = False, here: bool = False) -> str:
