@@ -15,7 +15,7 @@ from celery.utils.nodenames import default_nodename, host_format
 from kombu import Connection
 from kombu.exceptions import OperationalError
 from redbeat.schedulers import RedBeatConfig  # type: ignore[import-untyped]
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from worker.errors import WorkerError
 
@@ -38,7 +38,7 @@ class Alive:
 def ask(settings: Settings, *, timeout: float, beat: bool = False, here: bool = False) -> Alive:
     """Who is alive within so many seconds: the beat at work, this host's worker, or all workers.
 
-    Raises WorkerError when the broker does not answer.
+    Raises WorkerError when the broker does not answer, or takes no message.
     """
     # Not `app.make`: a health check that runs every minute need not load the jobs, the database and the store.
     celery = Celery(broker=settings.broker(), set_as_current=False)
@@ -87,4 +87,7 @@ def _broker(celery: Celery, timeout: float) -> Iterator[Connection]:
             connection.ensure_connection(max_retries=1, timeout=math.ceil(timeout))
             yield connection
     except (OSError, OperationalError, RedisError) as error:
+        # kombu has an error of its own round the broker's.
+        if isinstance(error, ResponseError) or isinstance(error.__cause__, ResponseError):
+            raise WorkerError("PAPERCLIP_WORKER_BROKER_URL: the broker takes no message; is it full?") from error
         raise WorkerError("PAPERCLIP_WORKER_BROKER_URL: the broker does not answer") from error
