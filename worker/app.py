@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 from collections.abc import Callable
-from contextlib import suppress
+from datetime import UTC, datetime
 from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 from uuid import UUID
@@ -13,9 +13,8 @@ from uuid import UUID
 from celery import Celery, signals
 from kombu.exceptions import OperationalError
 
-from worker import backlog, logs, standing, timetable
-from worker.errors import Contended, DatabaseGone, Refused, UnderWay, WorkerError
-from worker.liveness import BEAT_PREFIX
+from worker import backlog, liveness, logs, standing, timetable
+from worker.errors import DatabaseGone, Refused, Transient, UnderWay, WorkerError
 from worker.logs import log
 from worker.operations import Operations
 from worker.runner import Outcome, Runner
@@ -28,8 +27,12 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 QUEUE = "paperclip-worker"
 RESCUE_EVERY = 60.0
-# A run that was rescued so often dies for a reason an operator must see.
+# A run that was rescued so often without going on dies for a reason an operator must see.
 MOST_RESCUES = 10
+# A launch that met a fault which may pass is tried again so often, so far apart: for an hour.
+MOST_LAUNCHES, LAUNCH_AGAIN = 120, 30.0
+# Whatever else there is to do comes before the next slice of a run, however many runs wait for theirs.
+_LAST = 9
 _WORK, _LAUNCH, _RESCUE, _MEASURE = (
     f"paperclip_worker.{name}" for name in ("work", "launch", timetable.RESCUE, timetable.MEASURE)
 )
@@ -77,7 +80,7 @@ class Site:
     def enqueue(self, run: UUID, number: int = 1, *, after: float = 0) -> None:
         """Send so many `work` messages for a run."""
         for _ in range(number):
-            self._app.send_task(_WORK, (str(run),), countdown=after or None)
+            send_work(self._app, run, after=after)
 
     def work(self, run: UUID) -> None:
         """Take bites of a run for a bounded time, then re-send the message."""
@@ -98,16 +101,32 @@ class Site:
         if outcome is Outcome.MORE:
             self.enqueue(run)
 
-    def launch(self, name: str) -> None:
-        """Start the run of a schedule entry, unless its like is under way."""
+    def launch(self, name: str, tries: int = 0, since: str = "") -> None:
+        """Start the run of a schedule entry, unless its like is under way; after a fault that may pass, later.
+
+        So often has it been tried already, the first time at `since`: a run of the entry that was entered after
+        that, perhaps by a try whose end nobody heard of, is this due time's.
+        """
+        since = since or datetime.now(UTC).isoformat()
         try:
             job = self._times.entry(name).job
+            if tries and self._has_run(name, datetime.fromisoformat(since)):
+                log.info("schedule entry was started meanwhile", entry=name)
+                return
             self.enqueue(self.operations.start(job, actor="beat", via=standing.origin(name)))
         except UnderWay as error:
             log.warning("schedule entry skipped", entry=name, why=str(error))
         except WorkerError as error:
+            if isinstance(error, Transient) and tries < MOST_LAUNCHES:
+                log.warning("schedule entry is tried again", entry=name, why=str(error))
+                self._app.send_task(_LAUNCH, (name, tries + 1, since), countdown=LAUNCH_AGAIN)
+                return
             # No run tells of it: the entry's missed due times do.
             log.error("schedule entry not started", entry=name, error=str(error))
+
+    def _has_run(self, name: str, since: datetime) -> bool:
+        with self.operations.transaction(read_only=True) as connection:
+            return standing.has_run(connection, name, since=since)
 
     def measure(self) -> None:
         """Measure the backlog of every schedule entry, for the metrics."""
@@ -116,7 +135,11 @@ class Site:
 
     def rescue(self) -> None:
         """Send work for runs that nothing has moved for a while, retire those that never do, and anchor receipts."""
+        waiting = liveness.waiting(self._app, QUEUE, _LAST)
         for run in self.operations.stalled():
+            if str(run.id) in waiting:
+                # It is not lost, the workers are busy with others.
+                continue
             try:
                 self._rescue(run)
             except Exception as error:  # noqa: BLE001 - one run that cannot be helped must not keep help from others
@@ -125,11 +148,14 @@ class Site:
         self.runner.anchor()
 
     def _rescue(self, run: Run) -> None:
-        self.operations.count_rescue(run)
-        if run.rescues >= MOST_RESCUES:
-            self.runner.give_up(run.id, f"stalled and taken up again {run.rescues} times without an end")
+        rescues = self.operations.count_rescue(run)
+        if rescues is None:
+            # Another worker was first, or it has gone on meanwhile.
+            return
+        if rescues > MOST_RESCUES:
+            self.runner.give_up(run.id, f"stalled and taken up again {rescues - 1} times and never went on")
         else:
-            log.warning("run taken up again", run=str(run.id), rescues=run.rescues + 1)
+            log.warning("run taken up again", run=str(run.id), rescues=rescues)
             self.enqueue(run.id)
 
 
@@ -140,22 +166,23 @@ def make(settings: Settings, times: Timetable | None = None) -> Celery:
     app.conf.update(_configuration(settings, times))
     site = Site(settings, times, app)
 
-    @app.task(name=_WORK, acks_late=True, reject_on_worker_lost=True, ignore_result=True)
+    @app.task(name=_WORK, shared=False, acks_late=True, reject_on_worker_lost=True, ignore_result=True)
     @_by_kind
     def work(run: str) -> None:
         site.work(UUID(run))
 
-    @app.task(name=_LAUNCH, ignore_result=True)
+    @app.task(name=_LAUNCH, shared=False, ignore_result=True)
     @_by_kind
-    def launch(name: str) -> None:
-        site.launch(name)
+    def launch(name: str, tries: int = 0, since: str = "") -> None:
+        site.launch(name, tries, since)
 
-    @app.task(name=_RESCUE, ignore_result=True)
+    # Acknowledged late, or the worker would have taken a run's message out of the queue meanwhile.
+    @app.task(name=_RESCUE, shared=False, acks_late=True, ignore_result=True)
     @_by_kind
     def rescue() -> None:
         site.rescue()
 
-    @app.task(name=_MEASURE, ignore_result=True)
+    @app.task(name=_MEASURE, shared=False, ignore_result=True)
     @_by_kind
     def measure() -> None:
         site.measure()
@@ -171,9 +198,9 @@ def make(settings: Settings, times: Timetable | None = None) -> Celery:
     return app
 
 
-def send_work(app: Celery, run: UUID) -> None:
-    """Put a run before the workers."""
-    app.send_task(_WORK, (str(run),))
+def send_work(app: Celery, run: UUID, *, after: float = 0) -> None:
+    """Put a run before the workers. OperationalError or RedisError when the broker does not take the message."""
+    app.send_task(_WORK, (str(run),), countdown=after or None, priority=_LAST)
 
 
 def require_broker(app: Celery) -> None:
@@ -221,11 +248,10 @@ def _configuration(settings: Settings, times: Timetable) -> dict[str, Any]:
         "broker_transport_options": transport,
         "timezone": times.timezone,
         "enable_utc": True,
-        "beat_scheduler": "redbeat.RedBeatScheduler",
         "beat_max_loop_interval": settings.beat_seconds,
         "redbeat_redis_url": settings.broker(),
         "redbeat_redis_options": {"socket_timeout": 10, "socket_connect_timeout": 5},
-        "redbeat_key_prefix": BEAT_PREFIX,
+        "redbeat_key_prefix": liveness.BEAT_PREFIX,
         # How long after a beat was killed the other takes over.
         "redbeat_lock_timeout": settings.beat_seconds * 5,
         "beat_schedule": beat_schedule(settings, times),
@@ -238,12 +264,12 @@ def beat_schedule(settings: Settings, times: Timetable) -> dict[str, Any]:
         name: {"task": _LAUNCH, "schedule": timetable.cron(entry.crontab), "args": (name,)}
         for name, entry in times.enabled.items()
     }
-    every = {timetable.RESCUE: (_RESCUE, RESCUE_EVERY)}
-    if settings.backlog_every:
-        every[timetable.MEASURE] = (_MEASURE, float(settings.backlog_every))
-    for name, (task, seconds) in every.items():
-        # What no worker took in time would only be done twice.
-        entries[name] = {"task": task, "schedule": seconds, "options": {"expires": seconds}}
+    # While no worker is up these would pile up. But a rescue must outlast a slice, and clocks that differ by minutes.
+    every = {timetable.RESCUE: (_RESCUE, RESCUE_EVERY, 10 * RESCUE_EVERY)}
+    if often := float(settings.backlog_every):
+        every[timetable.MEASURE] = (_MEASURE, often, often)
+    for name, (task, seconds, expires) in every.items():
+        entries[name] = {"task": task, "schedule": seconds, "options": {"expires": expires}}
     return entries
 
 
@@ -252,7 +278,7 @@ def run_worker(settings: Settings, *, concurrency: int) -> int:
 
     Returns the exit status that Celery has for its end.
     """
-    _speak()
+    speak()
     operations = Operations(settings)
     # Refuse at start what would fail every message: key, database, ledger.
     try:
@@ -275,23 +301,8 @@ def run_worker(settings: Settings, *, concurrency: int) -> int:
     return int(begun[-1].exitcode or 0)
 
 
-def run_beat(settings: Settings) -> None:
-    """Run beat in this process until it is told to stop. Refused when the broker does not answer."""
-    _speak()
-    operations = Operations(settings)
-    try:
-        operations.check_ready()
-        app = make(settings, times := timetable.of(operations))
-        require_broker(app)
-        with suppress(Contended), operations.transaction() as connection:
-            # Contended: another beat that starts at this moment notes the same.
-            standing.note(connection, times)
-    finally:
-        operations.close()
-    app.Beat(loglevel="INFO").run()
-
-
-def _speak() -> None:
+def speak() -> None:
+    """Log as a service does."""
     logs.configure()
     # Its news of every client is noise beside ours.
     logging.getLogger("botocore").setLevel(logging.WARNING)

@@ -135,7 +135,7 @@ def step(connection: sa.Connection, run: Run, to: State, **values: Any) -> None:
     """Move a held run to another state. A step the table does not have is a fault of ours (ValueError)."""
     if to not in STEPS[run.state]:
         raise ValueError(f"a run cannot go from {run.state} to {to}")
-    values |= {"state": to, "touched_at": sa.func.clock_timestamp()}
+    values |= {"state": to, "rescues": 0, "touched_at": sa.func.clock_timestamp()}
     connection.execute(sa.update(RUNS).where(RUNS.c.id == run.id).values(values))
 
 
@@ -143,7 +143,7 @@ def reopen(connection: sa.Connection, run: Run) -> None:
     """Take a stopped or failed, held run up again: at its cursors, or from the start when it never had any."""
     require_free(connection, run.exclusion)
     to = State.QUEUED if run.plan is None else State.RUNNING
-    step(connection, run, to, settled_at=None, error=None, rescues=0)
+    step(connection, run, to, settled_at=None, error=None)
 
 
 def record_plan(connection: sa.Connection, run: UUID, plan: Plan) -> None:
@@ -158,22 +158,36 @@ def note_wait(connection: sa.Connection, run: UUID, reason: str | None, *, kind:
     path = sa.cast([kind], sa.ARRAY(sa.Text))
     so_far = sa.cast(sa.func.coalesce(RUNS.c.waits[kind].astext, "0"), sa.BigInteger)
     waits = sa.func.jsonb_set(RUNS.c.waits, path, sa.func.to_jsonb(so_far + seconds))
-    values = {"waiting": reason, "waits": waits, "touched_at": sa.func.clock_timestamp()}
+    values = {
+        "waiting": reason,
+        "waits": waits,
+        "rescues": 0,
+        "touched_at": sa.func.clock_timestamp(),
+    }
     connection.execute(sa.update(RUNS).where(RUNS.c.id == run).values(values))
 
 
 def stalled(connection: sa.Connection, *, after: timedelta) -> list[Run]:
     """Active runs on which nothing has moved for a while. The clock is the database's own."""
-    latest = sa.select(sa.func.max(SHARDS.c.touched_at)).where(SHARDS.c.run_id == RUNS.c.id).scalar_subquery()
-    moved = sa.func.greatest(RUNS.c.touched_at, latest)
-    query = sa.select(RUNS).where(RUNS.c.state.in_(ACTIVE), moved < sa.func.clock_timestamp() - after)
-    return [_run(row) for row in connection.execute(query)]
+    return [_run(row) for row in connection.execute(sa.select(RUNS).where(*_stalled(after)))]
 
 
-def count_rescue(connection: sa.Connection, run: UUID) -> None:
-    """Count that a stalled run was taken up again."""
-    connection.execute(
-        sa.update(RUNS)
-        .where(RUNS.c.id == run)
-        .values(rescues=RUNS.c.rescues + 1, touched_at=sa.func.clock_timestamp())
-    )
+def count_rescue(connection: sa.Connection, run: UUID, *, after: timedelta) -> int | None:
+    """Count that a run is taken up again: how often since it last went on. None when it is not stalled (any longer).
+
+    To be asked in READ COMMITTED: of several that ask at the same time one is told a number.
+    """
+    # A step or a rest has set the number to 0 itself; bites do not touch the run.
+    fruitless = sa.case((_last_bite() > RUNS.c.touched_at, 0), else_=RUNS.c.rescues)
+    values = {"rescues": fruitless + 1, "touched_at": sa.func.clock_timestamp()}
+    update = sa.update(RUNS).where(RUNS.c.id == run, *_stalled(after)).values(values)
+    return connection.execute(update.returning(RUNS.c.rescues)).scalar_one_or_none()
+
+
+def _stalled(after: timedelta) -> tuple[sa.ColumnElement[bool], ...]:
+    moved = sa.func.greatest(RUNS.c.touched_at, _last_bite())
+    return RUNS.c.state.in_(ACTIVE), moved < sa.func.clock_timestamp() - after
+
+
+def _last_bite() -> sa.ScalarSelect[Any]:
+    return sa.select(sa.func.max(SHARDS.c.touched_at)).where(SHARDS.c.run_id == RUNS.c.id).scalar_subquery()

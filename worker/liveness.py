@@ -1,19 +1,21 @@
-"""Whether workers and beat are alive, as far as the broker knows."""
+"""Whether workers and beat are alive and what waits for them, as far as the broker knows."""
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from celery import Celery
 from celery.utils.nodenames import default_nodename, host_format
 from kombu import Connection
 from kombu.exceptions import OperationalError
 from redbeat.schedulers import RedBeatConfig  # type: ignore[import-untyped]
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from worker.errors import WorkerError
 
@@ -36,7 +38,7 @@ class Alive:
 def ask(settings: Settings, *, timeout: float, beat: bool = False, here: bool = False) -> Alive:
     """Who is alive within so many seconds: the beat at work, this host's worker, or all workers.
 
-    Raises WorkerError when the broker does not answer.
+    Raises WorkerError when the broker does not answer, or takes no message.
     """
     # Not `app.make`: a health check that runs every minute need not load the jobs, the database and the store.
     celery = Celery(broker=settings.broker(), set_as_current=False)
@@ -53,6 +55,15 @@ def ask(settings: Settings, *, timeout: float, beat: bool = False, here: bool = 
             return Alive(workers=tuple(sorted(name for reply in replies or () for name in reply)))
     finally:
         celery.close()
+
+
+def waiting(celery: Celery, queue: str, priority: int) -> set[str]:
+    """The runs whose message waits there as it was sent; one that came back from a dead worker is no sign of life."""
+    with celery.connection_for_read() as connection:
+        channel: Any = connection.default_channel
+        messages = [json.loads(text) for text in channel.client.lrange(channel._q_for_pri(queue, priority), 0, -1)]
+    sent = [one["body"] for one in messages if not one["headers"].get("redelivered")]
+    return {json.loads(base64.b64decode(body))[0][0] for body in sent}
 
 
 def silence(*, beat: bool = False, here: bool = False) -> str:
@@ -76,4 +87,7 @@ def _broker(celery: Celery, timeout: float) -> Iterator[Connection]:
             connection.ensure_connection(max_retries=1, timeout=math.ceil(timeout))
             yield connection
     except (OSError, OperationalError, RedisError) as error:
+        # kombu has an error of its own round the broker's.
+        if isinstance(error, ResponseError) or isinstance(error.__cause__, ResponseError):
+            raise WorkerError("PAPERCLIP_WORKER_BROKER_URL: the broker takes no message; is it full?") from error
         raise WorkerError("PAPERCLIP_WORKER_BROKER_URL: the broker does not answer") from error

@@ -252,7 +252,7 @@ def permit(connection: sa.Connection, run: UUID, *, by: str) -> None:
 
 def permitted(connection: sa.Connection, rotation: Rotation) -> bool:
     """Whether that was said since the run was last settled. Where a key was gone by then, nobody took it back."""
-    since = audit.RECEIPTS.c.at >= rotation.permitted_at
+    since = sa.column("at", sa.DateTime(timezone=True)) >= rotation.permitted_at
     settled = sa.select(sa.exists().where(audit.RECEIPTS.c.run_id == rotation.run_id, since))
     return rotation.permitted_at is not None and not connection.scalar(settled)
 

@@ -264,10 +264,12 @@ class Operations:
             ledger.require(connection)
             return ledger.stalled(connection, after=timedelta(seconds=self.settings.rescue_after))
 
-    def count_rescue(self, run: Run) -> None:
-        """Count that a stalled run was taken up again."""
-        with self.transaction() as connection:
-            ledger.count_rescue(connection, run.id)
+    def count_rescue(self, run: Run) -> int | None:
+        """Count that a stalled run is taken up again: how often since it went on. None: it has moved."""
+        after = timedelta(seconds=self.settings.rescue_after)
+        # Of several that count at the same time, the others see that the first has.
+        with self.transaction(first="SET TRANSACTION ISOLATION LEVEL READ COMMITTED") as connection:
+            return ledger.count_rescue(connection, run.id, after=after)
 
     @contextmanager
     def _checked(

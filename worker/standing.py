@@ -112,6 +112,12 @@ def standings(connection: sa.Connection, times: Timetable, *, now: datetime) -> 
     ]
 
 
+def has_run(connection: sa.Connection, name: str, *, since: datetime) -> bool:
+    """Whether a run of the entry was entered since then, by a clock that may differ."""
+    query = sa.select(RUNS.c.id).where(RUNS.c.via == origin(name), RUNS.c.created_at > since - SKEW)
+    return connection.execute(query.limit(1)).one_or_none() is not None
+
+
 def note(connection: sa.Connection, times: Timetable) -> None:
     """Keep since when each entry holds as it is: due times before that were never its own to miss."""
     now = {name: (entry.crontab, times.timezone) for name, entry in times.enabled.items()}

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 import schedules
 from schedules import Entry
-from worker import layouts, params, registry
+from worker import canonical, layouts, params, registry
 from worker.errors import Refused, SettingsError
 
 if TYPE_CHECKING:
@@ -56,6 +56,12 @@ class Timetable:
     def enabled(self) -> Mapping[str, Entry]:
         """The entries that beat starts."""
         return {name: entry for name, entry in self.entries.items() if entry.enabled}
+
+    @property
+    def digest(self) -> str:
+        """The same for all beats and workers of a deployment, as long as they have one file and one timezone."""
+        entries = {name: (one.crontab, one.job.name, params.to_json(one.job)) for name, one in self.enabled.items()}
+        return canonical.digest({"timezone": self.timezone, "entries": entries})
 
     def on(self, layout: Layout) -> Timetable:
         """The same, with the entries off that are for another layout."""

@@ -13,6 +13,7 @@ from uuid import UUID
 
 import click
 import psycopg
+import redis
 from psycopg import sql
 
 from cli import cli
@@ -79,6 +80,20 @@ def least(deployment: Deployment, *words: str) -> Iterator[dict[str, str]]:
         yield {"DATABASE_URL": f"postgres://{role}:pw@{url.netloc.rpartition('@')[2]}{url.path}"}
     finally:
         deployment.query(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+@contextmanager
+def full_broker(deployment: Deployment) -> Iterator[None]:
+    """Redis at the end of its memory: it answers, and takes nothing more."""
+    with redis.Redis.from_url(deployment.environment["PAPERCLIP_WORKER_BROKER_URL"]) as client:
+        policy = client.config_get("maxmemory-policy")["maxmemory-policy"]
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", 1)
+        try:
+            yield
+        finally:
+            client.config_set("maxmemory", 0)
+            client.config_set("maxmemory-policy", policy)
 
 
 def start(operations: Operations, **fields: Any) -> UUID:

@@ -28,6 +28,7 @@ from tests.cli.helpers import (
     commands,
     complete,
     find_command,
+    full_broker,
     keys,
     refused,
     start,
@@ -208,6 +209,17 @@ def test_a_detached_run_is_listed_stopped_and_resumed(released: Deployment) -> N
     assert result["kept"]
     assert result["tally"] == planned["tally"]
     assert [one["state"] for one in released.json("receipts", "list")["receipts"]] == ["kept", "stopped"]
+
+
+def test_a_run_whose_message_the_broker_does_not_take_is_named(released: Deployment) -> None:
+    """It is entered, and will be carried out: whoever asked for it must hear of it."""
+    says = r"run \S+ is entered, but the broker took no message of it \(is it full\?\)"
+    with full_broker(released):
+        for words in ((*PRUNE, "--yes", "--detach"), ("runs", "resume", "last", "--detach")):
+            line = check_refusal(released.cli(*words, ok=False), says=says, status=1)
+            ((run, state),) = released.query("SELECT id::text, state FROM paperclip_worker.runs")
+            assert (line.count(run), state) == (2, "queued")
+        assert released.json("runs", "stop", run) == {"run": run, "state": "stopped"}
 
 
 def test_a_run_stopped_midway_resumes_to_the_exact_totals(released: Deployment) -> None:

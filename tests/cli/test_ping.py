@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.cli.helpers import check_refusal, refused
+from tests.cli.helpers import check_refusal, full_broker, refused
 from tests.conftest import ROOT, Deployment
 
 _ELSEWHERE = """
@@ -91,6 +91,15 @@ def test_a_broker_that_does_not_answer(released: Deployment, words: tuple[str, .
         )
         assert time.monotonic() - started < 15
     assert "hunter2" not in check_refusal(done, says="BROKER_URL: the broker does not answer", status=1)
+
+
+def test_a_broker_that_is_full(released: Deployment) -> None:
+    with full_broker(released):
+        refused(
+            released, "ping", "--timeout=0.5", says="BROKER_URL: the broker takes no message; is it full", status=1
+        )
+        # It can be read.
+        refused(released, "ping", "--beat", says="no beat is at work", status=1)
 
 
 def test_what_makes_no_sense_is_refused(released: Deployment) -> None:

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import psycopg
 import pytest
 import redis
-from redbeat import RedBeatScheduler, RedBeatSchedulerEntry  # type: ignore[import-untyped]
+from redbeat import RedBeatSchedulerEntry  # type: ignore[import-untyped]
 
 import schedules
 from tests.conftest import Deployment
 from tests.faults.evidence import wait
-from worker import app, config
+from worker import app, beat, config, logs, timetable
+from worker.runner import Outcome
 
 pytestmark = pytest.mark.faults
 ACTIVITY, EVENTS, *OTHERS = schedules.SCHEDULE
@@ -51,6 +53,11 @@ def _launched(broker: redis.Redis) -> Counter[str]:
     return found
 
 
+def _due_times(broker: redis.Redis) -> dict[Any, float]:
+    """When each entry is due, in seconds since the epoch."""
+    return {name: broker.zscore(DUE, str(name)) or 0.0 for name in broker.zrange(DUE, 0, -1)}
+
+
 @contextmanager
 def _celery(deployment: Deployment, **settings: str) -> Iterator[Any]:
     extra = {f"PAPERCLIP_WORKER_{name.upper()}": value for name, value in settings.items()}
@@ -61,6 +68,27 @@ def _celery(deployment: Deployment, **settings: str) -> Iterator[Any]:
         if client := getattr(celery, "redbeat_redis", None):
             client.close()
         celery.close()
+
+
+@contextmanager
+def _scheduler(deployment: Deployment, **settings: str) -> Iterator[beat.Scheduler]:
+    """Beat's scheduler without its process; the settings are those of the worker's."""
+    with _celery(deployment, **settings) as celery:
+        times = timetable.load(deployment.with_settings(**settings).settings)
+        scheduler = beat.Scheduler(app=celery, times=times, note=lambda: None)
+        try:
+            yield scheduler
+        finally:
+            scheduler.close()
+
+
+@contextmanager
+def _at_work(deployment: Deployment, **settings: str) -> Iterator[beat.Scheduler]:
+    """The same, after its first round, with the lock."""
+    with _scheduler(deployment, **settings) as scheduler:
+        scheduler.tick()
+        assert scheduler.lock is not None
+        yield scheduler
 
 
 def make_due(deployment: Deployment, entry: str) -> None:
@@ -107,17 +135,96 @@ def test_a_due_time_that_passed_without_a_beat_is_caught_up_once(released: Deplo
     assert _launched(broker) == {ACTIVITY: 1}
 
 
-def test_a_beat_whose_redis_lost_its_data_ends_and_the_next_starts_anew(
-    released: Deployment, broker: redis.Redis
-) -> None:
-    """A beat that went on would go on with an empty schedule."""
-    with released.worker("beat", **BEAT) as beat:
-        wait(lambda: broker.get(LOCK) is not None)
-        broker.flushdb()
-        beat.wait(30)
-        assert beat.returncode != 0
-    with released.worker("beat", **BEAT):
+def test_two_beats_whose_redis_lost_its_data_go_on(released: Deployment, broker: redis.Redis) -> None:
+    """One of them with a schedule written anew: an empty one would be nobody's."""
+    with released.worker("beat", **BEAT) as one, released.worker("beat", **BEAT) as other:
         wait(lambda: broker.zcard(DUE) == len(schedules.SCHEDULE) + 1 and broker.get(LOCK) is not None)
+        held = broker.get(LOCK)
+        broker.flushdb()
+        wait(lambda: broker.get(LOCK) not in {None, held})
+        wait(lambda: broker.zcard(DUE) == len(schedules.SCHEDULE) + 1)
+        assert (one.poll(), other.poll()) == (None, None)
+        make_due(released, ACTIVITY)
+        wait(lambda: _launched(broker)[ACTIVITY] == 1)
+    assert _launched(broker) == {ACTIVITY: 1}
+    assert (one.returncode, other.returncode) == (0, 0)
+
+
+def test_a_beat_that_waits_leaves_the_schedule_and_the_ledger_as_they_are(
+    released: Deployment, broker: redis.Redis, tmp_path: Path
+) -> None:
+    """With another file than the beat at work has: its own holds from when it is at work."""
+    file = tmp_path / "schedule.toml"
+    file.write_text('[entry.added]\njob = "prune-logs"\ncrontab = "0 5 * * *"\n')
+    entries = "SELECT entry, crontab, since FROM paperclip_worker.entries ORDER BY entry"
+
+    def seen() -> tuple[Any, ...]:
+        return set(broker.zrange(DUE, 0, -1)), broker.smembers(STATICS), released.query(entries)
+
+    with released.worker("beat", schedule_file=str(file), **BEAT) as holder:
+        wait(lambda: PREFIX + "added" in broker.zrange(DUE, 0, -1) and released.query(entries))
+        held, before, clients = broker.get(LOCK), seen(), len(broker.client_list())
+        with released.worker("beat", **BEAT) as other:
+            wait(lambda: len(broker.client_list()) > clients)
+            # It looks for the lock, again and again.
+            time.sleep(3)
+            assert other.poll() is None
+            assert seen() == before
+            assert broker.get(LOCK) == held
+            holder.terminate()
+            wait(lambda: PREFIX + "added" not in broker.zrange(DUE, 0, -1))
+            wait(lambda: ("added", None) in [row[:2] for row in released.query(entries)])
+    assert not _launched(broker)
+
+
+def test_a_beat_that_waits_says_that_the_one_at_work_has_another_schedule(
+    released: Deployment, broker: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logs.log, "warning", lambda event, **_: said.append(event))
+    file = tmp_path / "schedule.toml"
+    file.write_text(f"[entry.{EVENTS}]\nenabled = false")
+    with _at_work(released), _scheduler(released) as same, _scheduler(released, schedule_file=str(file)) as other:
+        for _ in range(2):
+            same.tick()
+            assert said == []
+        for _ in range(2):
+            other.tick()
+        assert len(said) == 1
+        assert "another schedule" in said[0]
+        assert (same.lock, other.lock) == (None, None)
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["at work", "started again"])
+def test_what_a_clock_that_was_ahead_has_sent_is_due_as_ever(
+    released: Deployment, broker: redis.Redis, ended: bool
+) -> None:
+    def put_ahead() -> None:
+        with _celery(released) as celery:
+            for name in ("rescue", ACTIVITY):
+                found = RedBeatSchedulerEntry.from_key(PREFIX + name, app=celery)
+                found.reschedule(last_run_at=celery.now() + timedelta(days=90))
+
+    with _at_work(released) as scheduler:
+        due = _due_times(broker)
+        if not ended:
+            put_ahead()
+            scheduler.tick()
+    if ended:
+        put_ahead()
+        with _at_work(released):
+            pass
+    assert _due_times(broker) == pytest.approx(due, abs=60)
+    assert not _launched(broker)
+
+
+def test_a_moment_s_difference_of_clocks_sends_nothing_again(released: Deployment, broker: redis.Redis) -> None:
+    with _at_work(released) as scheduler, _celery(released) as celery:
+        found = RedBeatSchedulerEntry.from_key(PREFIX + ACTIVITY, app=celery)
+        at = celery.now() + timedelta(seconds=20)
+        found.reschedule(last_run_at=at)
+        scheduler.tick()
+        assert RedBeatSchedulerEntry.from_key(PREFIX + ACTIVITY, app=celery).last_run_at == at
     assert not _launched(broker)
 
 
@@ -130,8 +237,8 @@ def test_an_entry_that_is_off_or_gone_vanishes_from_redis(
 
     def start(text: str, **settings: str) -> set[str]:
         file.write_text(text)
-        with _celery(released, schedule_file=str(file), **settings) as celery:
-            RedBeatScheduler(app=celery)
+        with _at_work(released, schedule_file=str(file), **settings):
+            pass
         found = {str(name) for name in broker.smembers(STATICS)}
         assert {PREFIX + name for name in found} == set(broker.zrange(DUE, 0, -1))
         assert {PREFIX + name for name in found} == {key for key in broker.keys(PREFIX + "*") if "::" not in str(key)}
@@ -147,19 +254,105 @@ def test_an_entry_that_is_off_or_gone_vanishes_from_redis(
     assert start("") == names - {"added"}
 
 
-def test_a_changed_crontab_and_timezone_reach_redis(
-    released: Deployment, broker: redis.Redis, tmp_path: Path
+@pytest.mark.parametrize("changed", [("crontab",), ("timezone",), ("crontab", "timezone")], ids="+".join)
+def test_a_changed_crontab_or_timezone_is_first_due_at_its_next_due_time(
+    released: Deployment, broker: redis.Redis, tmp_path: Path, changed: tuple[str, ...]
 ) -> None:
+    """As `schedule list` has it, and not for a due time of the day that was never its own."""
     file = tmp_path / "schedule.toml"
     file.write_text("")
-    changes = {"schedule_file": str(file), "timezone": "Asia/Kolkata"}
-    with _celery(released) as celery:
-        RedBeatScheduler(app=celery)
-    file.write_text(f'[entry.{ACTIVITY}]\ncrontab = "0 6 * * *"\n')
-    with _celery(released, **changes) as celery:
-        RedBeatScheduler(app=celery)
+    zone = "Asia/Kolkata" if "timezone" in changed else "UTC"
+    with _at_work(released, schedule_file=str(file)):
+        pass
+    make_due(released, ACTIVITY)
+    if "crontab" in changed:
+        file.write_text(f'[entry.{ACTIVITY}]\ncrontab = "0 6 * * *"\n')
+    with _at_work(released, schedule_file=str(file), timezone=zone), _celery(released, timezone=zone) as celery:
         due = RedBeatSchedulerEntry.from_key(PREFIX + ACTIVITY, app=celery).due_at
     assert due is not None
     # RedBeat's own sum is off by the milliseconds between two looks at the clock.
-    local = (due + timedelta(seconds=5)).astimezone(ZoneInfo("Asia/Kolkata"))
-    assert (local.hour, local.minute) == (6, 0)
+    local = (due + timedelta(seconds=5)).astimezone(ZoneInfo(zone))
+    assert f"{local.minute} {local.hour} * * *" == (
+        "0 6 * * *" if "crontab" in changed else schedules.SCHEDULE[ACTIVITY].crontab
+    )
+    assert not _launched(broker)
+
+
+# -- the launch -----------------------------------------------------------------------------------------
+
+
+def _messages(broker: redis.Redis) -> list[list[Any]]:
+    """What the launches in the queue are called with; taken from it."""
+    found = [json.loads(text) for text in broker.lrange(app.QUEUE, 0, -1)]
+    broker.delete(app.QUEUE)
+    assert {message["headers"]["task"] for message in found} <= {"paperclip_worker.launch"}
+    return [json.loads(base64.b64decode(message["body"]))[0] for message in found]
+
+
+@contextmanager
+def _site(deployment: Deployment, **environment: str) -> Iterator[app.Site]:
+    """What a worker holds, whose `work` messages go nowhere."""
+    settings = config.load({**deployment.environment, **environment})
+    with app.make(settings) as celery:
+        site = app.Site(settings, timetable.load(settings), celery)
+        deployment.opened.append(site.operations)
+        yield site
+
+
+@contextmanager
+def _held(deployment: Deployment, held: bool) -> Iterator[None]:
+    """The ledger's runs locked by somebody."""
+    with psycopg.connect(deployment.environment["DATABASE_URL"]) as connection:
+        if held:
+            connection.execute("LOCK TABLE paperclip_worker.runs")
+        yield
+
+
+_FAULTS = {
+    "database": {"DATABASE_URL": "postgres://nobody@127.0.0.1:9/none"},
+    "bucket": {"PAPERCLIP_STORAGE_S3_ENDPOINT": "http://127.0.0.1:9"},
+    "lock": {},
+}
+
+
+@pytest.mark.parametrize("fault", _FAULTS)
+def test_an_entry_that_is_due_while_something_is_away_is_started_later_and_once(
+    released: Deployment, broker: redis.Redis, fault: str
+) -> None:
+    with _held(released, fault == "lock"), _site(released, **_FAULTS[fault]) as site:
+        site.launch(ACTIVITY)
+        (again,) = _messages(broker)
+        site.launch(*again)
+        (again,) = _messages(broker)
+    assert again[:2] == [ACTIVITY, 2]
+    operations = released.operations
+    # As if the first had been entered, and the answer lost; or the message comes twice.
+    for _ in range(2):
+        with _site(released) as site:
+            site.launch(*again)
+        ((run, via),) = released.query("SELECT id, via FROM paperclip_worker.runs")
+        assert via == f"schedule:{ACTIVITY}"
+        assert operations.runner().work(run, seconds=60) is Outcome.SETTLED
+        assert not broker.exists(app.QUEUE)
+    # The next due time is another.
+    with _site(released) as site:
+        site.launch(ACTIVITY)
+    assert released.query("SELECT count(*) FROM paperclip_worker.runs") == [(2,)]
+
+
+def test_a_worker_takes_a_launch_up_again(
+    released: Deployment, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "LAUNCH_AGAIN", 0.5)
+    with _site(released, **_FAULTS["database"]) as site:
+        site.launch(ACTIVITY)
+    assert broker.llen(app.QUEUE) == 1
+    with released.worker():
+        wait(lambda: released.query("SELECT state FROM paperclip_worker.runs") == [("kept",)])
+
+
+def test_after_an_hour_a_launch_is_given_up(released: Deployment, broker: redis.Redis) -> None:
+    assert app.MOST_LAUNCHES * app.LAUNCH_AGAIN == 3600
+    with _site(released, **_FAULTS["database"]) as site:
+        site.launch(ACTIVITY, app.MOST_LAUNCHES, "2026-01-01T00:00:00+00:00")
+    assert not broker.exists(app.QUEUE)

@@ -7,8 +7,10 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -18,13 +20,14 @@ from tasks.archive_tasks import ArchiveTasks
 from tasks.prune_logs import PruneLogs
 from tests.conftest import ROOT, Deployment
 from tests.faults.evidence import wait
-from worker import timetable
-from worker.app import MOST_RESCUES, Site, make
+from worker import ledger, timetable
+from worker.app import MOST_RESCUES, QUEUE, Site, make, send_work
 from worker.errors import Refused
 from worker.job import Job
 from worker.means import Means
 from worker.operations import Operations
 from worker.runner import Outcome
+from worker.states import State
 
 pytestmark = pytest.mark.faults
 
@@ -199,6 +202,97 @@ def test_a_run_that_is_resumed_is_rescued_as_often_as_a_new_one(released: Deploy
     site.rescue()
     assert released.operations.result(run)["state"] == "queued"
     assert site.sent == [run] * (MOST_RESCUES + 1)
+
+
+def _stall(deployment: Deployment, run: UUID, *, bite: str = "2 days") -> None:
+    """As if the run had been touched a day ago, and a bite of it been taken so long ago."""
+    update = "UPDATE paperclip_worker.{} SET touched_at = now() - %s::interval WHERE {} = %s"
+    deployment.query(update.format("shards", "run_id"), bite, run)
+    deployment.query(update.format("runs", "id"), "1 day", run)
+
+
+@pytest.mark.parametrize("since", ["bite", "rest", "step"])
+def test_a_run_that_went_on_since_it_was_last_rescued_is_rescued_as_often_as_a_new_one(
+    released: Deployment, small: Operations, since: str
+) -> None:
+    """However it went on after its last bite: each touches the run too."""
+    run = _under_way(small)
+    site = _Deaf(released)
+    released.query("UPDATE paperclip_worker.runs SET rescues = %s WHERE id = %s", MOST_RESCUES, run)
+    _stall(released, run, bite="23 hours")
+    if since != "bite":
+        with small.transaction() as connection:
+            found = ledger.get(connection, run)
+            assert found is not None
+            if since == "rest":
+                ledger.note_wait(connection, run, "a replica is behind", kind="replica_lag", seconds=1)
+            else:
+                ledger.step(connection, found, State.VERIFYING)
+        _stall(released, run)
+    site.rescue()
+    assert site.sent == [run]
+    for number in range(2, MOST_RESCUES + 1):
+        assert released.query("SELECT state, rescues FROM paperclip_worker.runs") != [("failed", number)]
+        _stall(released, run)
+        site.rescue()
+    assert released.query("SELECT rescues FROM paperclip_worker.runs") == [(MOST_RESCUES,)]
+    _stall(released, run)
+    site.rescue()
+    assert small.result(run)["state"] == "failed"
+
+
+def test_of_rescues_at_the_same_time_one_counts_and_sends(released: Deployment) -> None:
+    run = released.operations.start(PruneLogs(), actor="t", via="test")
+    _age(released)
+    sites = [_Deaf(released) for _ in range(4)]
+    stalled = [site.operations.stalled() for site in sites]
+    start = threading.Barrier(len(sites))
+
+    def rescue(site: _Deaf, found: list[ledger.Run]) -> None:
+        site.operations.stalled = lambda: found  # type: ignore[method-assign]
+        start.wait()
+        site.rescue()
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(rescue, sites, stalled))
+    assert [run for site in sites for run in site.sent] == [run]
+    assert released.query("SELECT rescues FROM paperclip_worker.runs") == [(1,)]
+
+
+def test_a_run_whose_message_waits_is_not_lost(released: Deployment) -> None:
+    """Its workers are busy with others, for however long; but a message that came back has seen one die."""
+    run = released.operations.start(PruneLogs(), actor="t", via="test")
+    site = _Deaf(released)
+    with make(released.operations.settings) as celery, celery.connection_for_write() as connection:
+        send_work(celery, run)
+        _stall(released, run)
+        site.rescue()
+        assert site.sent == []
+        assert released.query("SELECT rescues FROM paperclip_worker.runs") == [(0,)]
+        message = connection.SimpleQueue(QUEUE).get(timeout=5)
+        message.requeue()
+        site.rescue()
+    assert site.sent == [run]
+
+
+def test_the_rescue_comes_before_the_work_that_waits(released: Deployment) -> None:
+    """One process and three runs that rest, each of which has a message waiting when it comes to the rescue."""
+    released.query("SELECT pg_create_physical_replication_slot('busy', true)")
+    try:
+        with make(released.operations.settings) as celery:
+            for table in ("activity_log", "heartbeat_run_events", "secret_access_events"):
+                busy = released.operations.start(PruneLogs(table=table), actor="t", via="test")
+                send_work(celery, busy)
+            lost = released.operations.start(ArchiveTasks(), actor="t", via="test")
+            _stall(released, lost)
+            # Its slices are so long that they would take a minute all together.
+            with released.worker(slice_seconds="20", max_retained_wal="1"):
+                began = "SELECT count(*) FROM paperclip_worker.runs WHERE state <> 'queued' AND id <> %s"
+                rescued = "SELECT rescues FROM paperclip_worker.runs WHERE id = %s"
+                wait(lambda: released.query(rescued, lost) == [(1,)], seconds=60)
+                assert released.query(began, lost)[0][0] <= 1
+    finally:
+        released.query("SELECT pg_drop_replication_slot('busy')")
 
 
 _BREAKS = """

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,13 +16,14 @@ from uuid import UUID
 
 import psycopg
 import pytest
+import redis
 import sqlalchemy as sa
 
 from tests.conftest import NOW, Deployment
 from tests.faults.evidence import begin, check_exact, check_kept, complete, rows, wait
 from tests.faults.wire import wire
-from worker import app, config, db, embedded, ledger
-from worker.errors import Transient
+from worker import app, config, db, embedded, ledger, liveness
+from worker.errors import Transient, WorkerError
 from worker.layouts import demo_schema
 from worker.operations import Operations
 
@@ -221,6 +223,31 @@ def _connected(url: str) -> Iterator[sa.Connection]:
             yield connection
     finally:
         engine.dispose()
+
+
+def test_beats_ride_out_a_redis_that_crashes_and_comes_back(site: Deployment, mortal: embedded.Embedded) -> None:
+    """The one at work and those that wait; and one of them is told to end meanwhile."""
+
+    def at_work() -> bool:
+        with contextlib.suppress(WorkerError):
+            return liveness.ask(site.operations.settings, timeout=1, beat=True).beat
+        return False
+
+    with contextlib.ExitStack() as stack:
+        beats = [stack.enter_context(site.worker("beat", beat_seconds="1")) for _ in range(3)]
+        with redis.Redis.from_url(site.environment["PAPERCLIP_WORKER_BROKER_URL"]) as client:
+            # Those that wait have asked last which schedule is at work.
+            wait(lambda: at_work() and [one["cmd"] for one in client.client_list()].count("hget") == 2)
+        mortal.redis.kill()
+        try:
+            time.sleep(2)
+            beats[0].terminate()
+            assert beats[0].wait(30) == 0
+        finally:
+            mortal.redis.start()
+        wait(at_work, seconds=60)
+        assert [beat.poll() for beat in beats] == [0, None, None]
+    assert [beat.returncode for beat in beats] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("workers", [2, 4])

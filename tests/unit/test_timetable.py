@@ -71,8 +71,8 @@ def test_beat_gets_the_merged_schedule_and_its_own_entries(tmp_path: Path) -> No
     assert set(schedule) == {ACTIVITY, "yearly", "rescue", "measure", *OTHERS}
     assert schedule[ACTIVITY]["args"] == (ACTIVITY,)
     assert schedule["measure"]["schedule"] == 60
-    # While no worker is up, these would pile up in the queue.
-    assert [schedule[name]["options"]["expires"] for name in ("rescue", "measure")] == [60, 60]
+    # While no worker is up, these would pile up in the queue. The longest slice is 240 s.
+    assert [schedule[name]["options"]["expires"] for name in ("rescue", "measure")] == [600, 60]
     never = app.beat_schedule(config.load({"PAPERCLIP_WORKER_BACKLOG_EVERY": "0"}), times)
     assert set(never) == {ACTIVITY, "yearly", "rescue", *OTHERS}
 

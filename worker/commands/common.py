@@ -53,13 +53,29 @@ def operations(*needs: Need) -> Operations:
 
 
 def broker(deployment: Operations) -> Callable[[UUID], None]:
-    """How a run reaches the workers. Refused, before any run exists, when the broker cannot be reached."""
+    """How a run reaches the workers. Refused, before any run exists, when the broker cannot be reached.
+
+    The function returned raises WorkerError, which says what becomes of the run, when the broker takes no message.
+    """
+    from kombu.exceptions import OperationalError
+    from redis.exceptions import RedisError
+
     from worker import app
 
     celery = app.make(deployment.settings)
     click.get_current_context().call_on_close(celery.close)
     app.require_broker(celery)
-    return lambda run: app.send_work(celery, run)
+
+    def send(run: UUID) -> None:
+        try:
+            app.send_work(celery, run)
+        except (OSError, OperationalError, RedisError) as error:
+            raise WorkerError(
+                f"run {run} is entered, but the broker took no message of it (is it full?); rescue sends one when "
+                f"the broker takes it, `runs stop {run}` ends the run"
+            ) from error
+
+    return send
 
 
 def print_json(value: Any) -> None:

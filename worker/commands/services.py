@@ -32,9 +32,9 @@ def beat() -> None:
     from worker.config import Need
 
     settings = common.settings(Need.DATABASE, Need.BROKER, Need.SIGNING)
-    from worker import app
+    from worker import beat as service
 
-    app.run_beat(settings)
+    service.run(settings)
 
 
 @click.group()
