@@ -59,8 +59,8 @@ def complete(deployment: Deployment, job: Job, **settings: str) -> dict[str, Any
 def prune(deployment: Deployment, table: str = "activity_log", *, bite_rows: str = "200", **more: Any) -> RunId:
     """A run of prune-logs that took some, but not all, rows of a log."""
     before = content(deployment, table)
-    days = timedelta(days=90 if table == "activity_log" else 20)
-    job = PruneLogs(table=table, older_than=days, **more)
+    more.setdefault("older_than", timedelta(days=90 if table == "activity_log" else 20))
+    job = PruneLogs(table=table, **more)
     result = complete(deployment, job, bite_rows=bite_rows)
     assert result["kept"], result
     assert 0 < result["rows"] < len(before)

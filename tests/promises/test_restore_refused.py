@@ -6,6 +6,9 @@ import hashlib
 import io
 import math
 from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
 
 import pytest
 import zstandard
@@ -16,8 +19,10 @@ from tasks.restore_logs import RestoreLogs
 from tests.cli.helpers import INLINE, keys, refused, world
 from tests.conftest import Deployment
 from tests.promises.archived import complete, content, objects_of, prune, restore, store_of
+from worker import archive
 from worker.errors import Refused, UnderWay
 from worker.params import RunId
+from worker.states import State
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 
@@ -93,6 +98,13 @@ def test_a_harmed_archive(released: Deployment, harm: str) -> None:
     act, says = _HARM[harm]
     act(released, objects_of(released, run)[-1])
     _demand(released, "--run", str(run), says=says)
+
+
+def test_what_is_refused_as_a_run_is_refused_as_a_rehearsal(released: Deployment) -> None:
+    run = prune(released)
+    act, says = _HARM["manifest gone"]
+    act(released, objects_of(released, run)[0])
+    refused(released, "rehearse", "restore-logs", "--run", str(run), says=says)
 
 
 @pytest.mark.parametrize("harm", ["other bytes", "gone"])
@@ -300,14 +312,50 @@ def test_a_prune_that_is_entered_in_the_same_instant(released: Deployment) -> No
         released.query("UPDATE paperclip_worker.runs SET state = 'queued' WHERE id = %s", run)
 
 
-def test_an_unfinished_prune_can_be_put_back(released: Deployment) -> None:
-    """A run that was stopped half-way has an archive of what it took."""
-    before = content(released, "activity_log")
-    small = released.with_settings(bite_rows="50")
+def _half(deployment: Deployment) -> RunId:
+    """A prune that was stopped after some bites."""
+    small = deployment.with_settings(bite_rows="50")
     run = small.start(PruneLogs(), actor="tester", via="test")
     left = iter(range(6))
     small.runner().work(run, seconds=math.inf, leave=lambda: next(left, None) is None)
     small.stop(str(run))
+    return RunId(str(run))
+
+
+@pytest.mark.parametrize(
+    ("whose", "to_the_end", "says"),
+    [("its own", True, "has put rows of it back"), ("another's", False, "are being put back by run")],
+)
+def test_a_resume_that_a_restore_overtakes(
+    released: Deployment, monkeypatch: pytest.MonkeyPatch, whose: str, to_the_end: bool, says: str
+) -> None:
+    """To read the archive of the run that is resumed takes long; what has begun meanwhile is asked again."""
+    first = prune(released, older_than=timedelta(days=120))
+    stopped = _half(released)
+    other = RestoreLogs(run=stopped if whose == "its own" else first)
+    begun = list[UUID]()
+    intact = archive.require_intact
+
+    def overtaken(*given: Any) -> None:
+        intact(*given)
+        monkeypatch.setattr(archive, "require_intact", intact)
+        begun.append(released.operations.start(other, actor="tester", via="test"))
+        bites = iter(range(2))
+        released.operations.runner().work(
+            begun[0], seconds=math.inf, leave=lambda: not to_the_end and next(bites, None) is None
+        )
+
+    monkeypatch.setattr(archive, "require_intact", overtaken)
+    with pytest.raises((Refused, UnderWay), match=says):
+        released.operations.resume(str(stopped))
+    assert released.operations.find(str(stopped)).state is State.STOPPED
+    assert released.operations.find(str(begun[0])).state is (State.KEPT if to_the_end else State.RUNNING)
+
+
+def test_an_unfinished_prune_can_be_put_back(released: Deployment) -> None:
+    """A run that was stopped half-way has an archive of what it took."""
+    before = content(released, "activity_log")
+    run = _half(released)
     assert len(before) - len(content(released, "activity_log")) > 0
-    restore(released, RunId(str(run)))
+    restore(released, run)
     assert content(released, "activity_log") == before
