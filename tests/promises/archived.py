@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -66,6 +67,19 @@ def prune(deployment: Deployment, table: str = "activity_log", *, bite_rows: str
     assert 0 < result["rows"] < len(before)
     assert len(before) - len(content(deployment, table)) == result["rows"]
     return RunId(result["run"])
+
+
+def half(deployment: Deployment, *, settings: Mapping[str, str] | None = None) -> RunId:
+    """A prune of the activity log that was stopped after some bites, with these settings by then."""
+    small = deployment.with_settings(bite_rows="50")
+    run = small.start(PruneLogs(), actor="tester", via="test")
+    bites = iter(range(6))
+    small.runner().work(run, seconds=math.inf, leave=lambda: next(bites, None) is None)
+    deployment.with_settings(**(settings or {})).stop(str(run))
+    result = deployment.operations.result(run)
+    assert result["state"] == "stopped"
+    assert 0 < result["rows"] < result["planned"]
+    return RunId(str(run))
 
 
 def restore(deployment: Deployment, run: RunId, **more: Any) -> dict[str, Any]:
