@@ -79,6 +79,7 @@ class ArchiveTasks(Job):
 
     def check(self, means: Means) -> None:
         means.require_companies(self.company)
+        means.tasks.require_untriggered()
         if self.undo is not None:
             means.tasks.require_undoable(self.undo, self.company, job=self.name)
             return

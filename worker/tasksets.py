@@ -14,7 +14,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from worker import ledger
+from worker import ledger, triggers
 from worker.errors import Refused, UnderWay
 from worker.job import Batch
 from worker.layouts.model import Keep
@@ -135,6 +135,15 @@ class TaskSets:
             .group_by(rows.whose)
         )
         return {row.company: row.number for row in self._connection.execute(query)}
+
+    def require_untriggered(self) -> None:
+        """Refused, naming them, when triggers of the host's fire on what is done to a task: they may do more."""
+        name = self._tasks.name
+        if firing := triggers.on_update(self._connection, name, self._tasks.back):
+            raise Refused(
+                f"{name}: the trigger{'s' * (len(firing) > 1)} {', '.join(firing)} would fire on each task, and may "
+                "change more than was asked for; limit to other columns (UPDATE OF ...) or disable"
+            )
 
     def require_undoable(self, run: UUID, companies: tuple[UUID, ...], *, job: str) -> None:
         """Refused when a run is not one of `job`, archived nothing of these companies, or was undone already."""
