@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -69,12 +69,18 @@ def prune(deployment: Deployment, table: str = "activity_log", *, bite_rows: str
     return RunId(result["run"])
 
 
-def half(deployment: Deployment, *, settings: Mapping[str, str] | None = None) -> RunId:
+def half(
+    deployment: Deployment,
+    *,
+    settings: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> RunId:
     """A prune of the activity log that was stopped after some bites, with these settings by then."""
     small = deployment.with_settings(bite_rows="50")
     run = small.start(PruneLogs(), actor="tester", via="test")
     bites = iter(range(6))
     small.runner().work(run, seconds=math.inf, leave=lambda: next(bites, None) is None)
+    meanwhile()
     deployment.with_settings(**(settings or {})).stop(str(run))
     result = deployment.operations.result(run)
     assert result["state"] == "stopped"

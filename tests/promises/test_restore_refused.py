@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -118,6 +118,16 @@ def test_the_manifest_is_written_whatever_the_settings_say_by_then(released: Dep
     assert content(released, "activity_log") == before
     _forge(released, run)
     _demand(released, "--run", str(run), says="is not the one that the manifest names")
+
+
+def test_the_receipt_has_the_cutoffs_of_the_beginning_and_of_the_end(released: Deployment) -> None:
+    """A policy that was made longer meanwhile is not what the rows went by that were gone already."""
+    run = half(released, meanwhile=lambda: set_policy(released, timedelta(days=300)))
+    retained = released.operations.result(run)["receipt"]["evidence"]["retention"]
+    began, ended = (datetime.fromisoformat(one["cutoff"]) for one in (retained, retained["at_end"]))
+    ((youngest,),) = released.query("SELECT max(last::timestamptz) FROM paperclip_worker.objects")
+    assert ended < youngest < began
+    assert began - ended == timedelta(days=210)
 
 
 def test_an_archive_without_a_manifest(released: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
