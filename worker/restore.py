@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from worker.storage import Store
 
 _SHOWN = 3
+# So many rows are left out together while others hold what one of them waits for.
+_LEFT_OUT = 500
 # More than a run can have: one each time that it was stopped or failed.
 _MOST_RECEIPTS = 1_000_000
 
@@ -154,6 +156,9 @@ class Restore:
     def next(self, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> dict[str, Any]:
         """Which lines of a shard's object come next, as the cursor behind them."""
         start = after["line"] if after else 0
+        if self._means.contended:
+            # Each conflict halves the limit: rows of a parent that is held for long would be left out one by one.
+            limit = max(limit, _LEFT_OUT)
         found = self._reader(shard.spec, start).read(start, min(limit, shard.rows - start))
         return {**shard.spec, "from": start, "line": start + len(found)}
 
