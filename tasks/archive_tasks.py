@@ -79,6 +79,7 @@ class ArchiveTasks(Job):
 
     def check(self, means: Means) -> None:
         means.require_companies(self.company)
+        means.tasks.require_untriggered()
         if self.undo is not None:
             means.tasks.require_undoable(self.undo, self.company, job=self.name)
             return
@@ -140,7 +141,7 @@ class ArchiveTasks(Job):
     def index(self, means: Means) -> Mapping[str, Any]:
         if self.undo is not None:
             return {"undoes": str(self.undo)}
-        return {"retention": self._cutoffs(means).to_json()}
+        return {"retention": means.retained(means.layout.tasks.name, asked=self.older_than, default=_KEEP)}
 
     def _rows(self, means: Means) -> RowSet:
         return means.once(self, self._make_rows)

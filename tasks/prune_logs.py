@@ -163,7 +163,7 @@ class PruneLogs(Job):
         return Verdict(findings=tuple(findings), left=left)
 
     def index(self, means: Means) -> Mapping[str, Any]:
-        retention = self._cutoffs(means).to_json()
+        retention = means.retained(self.table, asked=self.older_than, default=_KEEP)
         if not self._archived(means.layout):
             return {"retention": retention}
         facts: dict[str, object] = {

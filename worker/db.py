@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import psycopg
 import sqlalchemy as sa
@@ -16,8 +16,11 @@ from worker import pgtypes
 from worker.errors import Contended, DatabaseGone, Denied, LedgerMissing, Refused, SchemaError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from worker.config import Settings
 
+_T = TypeVar("_T")
 # As `first` of a transaction: each statement sees what others have committed meanwhile.
 SEES_COMMITS = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
 Transaction = AbstractContextManager[sa.Connection]
@@ -33,6 +36,8 @@ _NOTICING = {
     "tcp_user_timeout": 60_000,
 }
 
+# After so many seconds a session that waits for something else says something; far below what the server allows.
+AWAKE = 20.0
 # Waiting longer for these is pointless inside the transaction: the bite is rolled back and taken again.
 _CONTENDED = (pg.LockNotAvailable, pg.SerializationFailure, pg.DeadlockDetected)
 _GONE = (
@@ -242,3 +247,14 @@ def advisory_lock(connection: sa.Connection, name: str) -> None:
     connection.execute(
         sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(f"paperclip-worker:{name}", 0)))
     )
+
+
+def await_result(connection: sa.Connection, future: Future[_T]) -> _T:
+    """What other threads come to, however long it takes them: the server ends a session that only waits."""
+    while True:
+        try:
+            return future.result(timeout=AWAKE)
+        except TimeoutError:
+            if future.done():
+                raise
+            connection.exec_driver_sql("SELECT 1")

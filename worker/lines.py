@@ -10,7 +10,9 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
@@ -24,12 +26,15 @@ from worker.errors import ArchiveTampered, Refused
 from worker.storage import Missing
 
 if TYPE_CHECKING:
+    from worker.archive import ArchivedObject
     from worker.storage import Store
 
 JSON_NULLS = "$json_null"
 # So much text of an object is held and sent to the server at once, but for a row that is larger.
 MOST_BYTES = 8 << 20
 _SPOOL = 8 << 20
+# So many objects are fetched at the same time: a request waits more than it works.
+_AHEAD = 4
 # A jsonb beyond this size is not null, and need not be unpacked to tell.
 _NULL_BYTES = 16
 
@@ -174,6 +179,14 @@ class Reader:
     def close(self) -> None:
         self._lines.close()
 
+    def parts(self, rows: int) -> Iterator[list[str]]:
+        """All so many lines, some megabytes at a time."""
+        start = 0
+        while start < rows:
+            part = self.read(start, rows - start)
+            yield part
+            start += len(part)
+
     def read(self, start: int, rows: int) -> list[str]:
         """Lines from `start` on: at most so many, and no more than fit into MOST_BYTES, but at least one."""
         if start < self._line:
@@ -191,6 +204,41 @@ class Reader:
             self._line += 1
             size += len(line)
         return self._held
+
+
+def ahead(
+    store: Store, objects: Sequence[ArchivedObject], wait: Callable[[Future[Reader]], Reader]
+) -> Generator[tuple[ArchivedObject, Reader], None, None]:
+    """A reader of each object in turn, while the next ones are fetched; `wait` is how to wait for one.
+
+    ArchiveTampered for the first that is not what was written.
+    """
+    pool, fetched = ThreadPoolExecutor(_AHEAD), deque[Future[Reader]]()
+    coming = iter(objects)
+
+    def fetch(number: int) -> None:
+        for one in islice(coming, number):
+            fetched.append(pool.submit(Reader, store, one.key, one.sha256))
+
+    try:
+        fetch(_AHEAD)
+        for one in objects:
+            reader = wait(fetched[0])
+            fetched.popleft()
+            fetch(1)
+            try:
+                yield one, reader
+            finally:
+                reader.close()
+    finally:
+        for future in fetched:
+            future.add_done_callback(_drop)
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _drop(future: Future[Reader]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().close()
 
 
 def _fetch(store: Store, key: str, sha256: str, body: IO[bytes]) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import archive, copies, holds, layouts, ledger_shards, livetable, needles, retention, slices
+from worker import archive, copies, db, holds, layouts, ledger_shards, livetable, needles, retention, slices
 from worker.errors import Refused
 from worker.restore import Restore, require_none, require_not_restored
 from worker.retirement import Retiring
@@ -76,8 +76,23 @@ class Means:
         """The moments before which rows of a table are old. Refused when a policy is not within the settings."""
         if asked is not None:
             retention.require_within(asked, self.settings, what="--older-than")
-        found = [one for one in self._policies if one.table == table]
+        found = self._policies_of(table)
         return retention.cutoffs(found, self.settings, now=self.now, asked=asked, default=default)
+
+    def retained(self, table: str, *, asked: timedelta | None, default: timedelta) -> dict[str, Any]:
+        """The cutoffs of a run for its receipt: those when it was entered and, where they differ, those now.
+
+        Never refused: what a run did is attested also when it could not begin any more.
+        """
+        then = retention.entered(self._policies_of(table), now=self.now, asked=asked, default=default).to_json()
+        try:
+            now = self.cutoffs(table, asked=asked, default=default).to_json()
+        except Refused as error:
+            now = {"refused": str(error)}
+        return then if now == then else {**then, "at_end": now}
+
+    def _policies_of(self, table: str) -> list[Policy]:
+        return [one for one in self._policies if one.table == table]
 
     def rows(
         self, what: Records, *, cutoffs: Cutoffs, companies: tuple[UUID, ...], keeps: tuple[Keep, ...]
@@ -122,8 +137,15 @@ class Means:
         return Retiring(self, key)
 
     def restore(self, run: UUID | None, companies: tuple[UUID, ...]) -> Restore:
-        """What can be done to put a run's archive back."""
-        return Restore(self, run, companies)
+        """What can be done to put a run's archive back. Made once a step: it remembers what it read."""
+        found = self._restores.get((run, companies))
+        if found is None:
+            found = self._restores[run, companies] = Restore(self, run, companies)
+        return found
+
+    @cached_property
+    def _restores(self) -> dict[tuple[UUID | None, tuple[UUID, ...]], Restore]:
+        return {}
 
     def require_no_restore(self, table: str) -> None:
         """Raise UnderWay while archived rows of a table are being put back: they would be taken again at once."""
@@ -157,7 +179,7 @@ class Means:
         pool = ThreadPoolExecutor(1)
         found = pool.submit(archive.check, self._archive()[0], self.archived())
         pool.shutdown(wait=False)
-        return found.result
+        return partial(db.await_result, self.connection, found)
 
     def index_archive(self, table: str, facts: dict[str, object]) -> dict[str, object]:
         """Write the manifest; what the receipt says of the archive."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,7 @@ class Operations:
         now = now or self.now()
         with self._checked(job, now) as means:
             job.admit(means)
-        with self.transaction() as connection:
+        with self._entering() as connection:
             ledger.require(connection)
             return ledger.create(
                 connection,
@@ -143,20 +144,15 @@ class Operations:
         """Run every batch for real and roll each back; archives go to a store that keeps nothing."""
         now, tally = self.now(), Tally()
         with self._checked(job, now) as means:
+            # What is refused as a run is no run to rehearse.
+            job.admit(means)
             shards = list(job.shards(means, job.plan(means)))
         for shard in shards:
             cursor: Any = None
             exhausted = False
             while not exhausted:
                 with self._rolled_back() as connection:
-                    means = Means(
-                        connection=connection,
-                        now=now,
-                        layout=layouts.detect(connection),
-                        settings=self.settings,
-                        run=REHEARSAL,
-                        store=NullStore(self.store),
-                    )
+                    means = replace(self._means(connection, now, run=REHEARSAL), store=NullStore(self.store))
                     batch = job.claim(means, shard, cursor, limit)
                     if batch is None:
                         break
@@ -206,10 +202,12 @@ class Operations:
             raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set, and the run has an archive there")
         if objects and self.store is not None:
             archive.require_intact(self.store, objects)
-        with self.transaction() as connection:
+        with self._entering() as connection:
             held = ledger.get(connection, run.id, hold=True)
-            if held is None:
+            if held is None or held.state is not run.state:
                 raise Refused(f"run {run.id} is being changed this moment; look again")
+            # Again: to read the archive takes long, and a run that is laid out already is never checked later.
+            self._means(connection, run.now, run=run.id).require_fit(job)
             ledger.reopen(connection, held)
         return self.find(str(run.id))
 
@@ -277,20 +275,34 @@ class Operations:
     ) -> Iterator[Means]:
         """A read-only scan of the live database, once the job is known to fit it."""
         with self.transaction(scan=True, read_only=True) as connection:
-            layout = layouts.detect(connection)
-            # Legal holds and policies are in the ledger: without it nobody can say what would go.
-            ledger.require(connection)
-            means = Means(
-                connection=connection,
-                now=now,
-                layout=layout,
-                settings=self.settings,
-                run=run,
-                store=self.store,
-                rules=rules,
-            )
+            means = self._means(connection, now, rules, run=run)
             means.require_fit(job)
             yield means
+
+    def _means(
+        self, connection: sa.Connection, now: datetime, rules: Rules = IN_FORCE, *, run: UUID | None = None
+    ) -> Means:
+        layout = layouts.detect(connection)
+        # Legal holds and policies are in the ledger: without it nobody can say what would go.
+        ledger.require(connection)
+        return Means(
+            connection=connection,
+            now=now,
+            layout=layout,
+            settings=self.settings,
+            run=run,
+            store=self.store,
+            rules=rules,
+        )
+
+    @contextmanager
+    def _entering(self) -> Iterator[sa.Connection]:
+        """A transaction in which runs come under way, one after the other: it sees all that did before."""
+        # With the snapshot of the moment it began to wait for the lock it would not.
+        first = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
+        with db.transaction(self.engine, lock=30, statement=self.settings.scan_timeout, first=first) as connection:
+            db.advisory_lock(connection, "runs")
+            yield connection
 
     @contextmanager
     def _rolled_back(self) -> Iterator[sa.Connection]:

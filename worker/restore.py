@@ -9,15 +9,18 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import sqlalchemy as sa
 from psycopg import sql
 
-from worker import archive, audit, layouts, ledger, ledger_shards, lines, livetable, parents
-from worker.errors import ArchiveTampered, Refused, UnderWay
+from worker import archive, audit, db, ledger, ledger_shards, lines, livetable, triggers
+from worker.errors import ArchiveTampered, Contended, Refused, UnderWay
+from worker.fit import Fit
 from worker.job import Shard
 from worker.lines import Reader
 from worker.plans import Amount, Tally, Target
@@ -25,6 +28,7 @@ from worker.states import ACTIVE
 
 if TYPE_CHECKING:
     from worker.archive import ArchivedObject
+    from worker.audit import Receipt
     from worker.layouts.model import LogTable
     from worker.ledger import Run
     from worker.livetable import Column
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
     from worker.storage import Store
 
 _SHOWN = 3
+# So many rows are left out together while others hold what one of them waits for.
+_LEFT_OUT = 500
+# More than a run can have: one each time that it was stopped or failed.
+_MOST_RECEIPTS = 1_000_000
 
 
 def require_none(connection: sa.Connection, table: str) -> None:
@@ -63,13 +71,14 @@ class Restore:
         self._connection = means.connection
         self._run = self._pruned(run)
         self._companies = {str(one) for one in companies}
+        self._absent_rows: tuple[Target, ...] | None = None
 
     @property
     def log(self) -> LogTable:
         """The table the rows are of."""
         return self._means.layout.log(str(self._run.params["table"]))
 
-    @property
+    @cached_property
     def objects(self) -> list[ArchivedObject]:
         """The archive objects of the companies asked for. Refused when there are none."""
         found = ledger_shards.objects(self._connection, self._run.id)
@@ -88,32 +97,39 @@ class Restore:
 
     def foresee(self) -> None:
         """Refused when the archive is not what was written, or when the table cannot take all of it as it is."""
-        store, objects = self._store(), self.objects
-        archive.require_intact(store, objects)
-        self._require_manifest(store, objects)
-        self._require_columns(objects)
-        other: list[str] = []
-        orphans = parents.Orphans(self._connection, self.log)
-        for one in objects:
-            for part in self._parts(one):
-                absent, differing = self._compare(part)
-                other += differing
-                orphans.count(list(absent.values()))
-        if other:
-            raise Refused(f"{_others(self.log.name, other)}; nothing was put back")
-        orphans.require_none()
+        self._require_manifest(self._store(), self.objects)
+        self._absent_rows = self._look(Fit(self._connection, self.log, self._json_columns))
 
     def targets(self) -> tuple[Target, ...]:
-        """The rows that are not in the table, per company."""
+        """The rows that are not in the table, per company. Refused when one is there that says otherwise."""
+        if self._absent_rows is None:
+            self._absent_rows = self._look(None)
+        return self._absent_rows
+
+    def _look(self, fit: Fit | None) -> tuple[Target, ...]:
+        """Read every object once, whole, and compare each with its digest and its rows with the table."""
         found: dict[str | None, tuple[int, int, int]] = {}
-        for one in self.objects:
-            rows, size, mixed = found.get(one.company, (0, 0, 0))
-            for part in self._parts(one):
-                absent = self._absent(part)
-                rows, size = rows + len(absent), size + _size(absent.values())
-                for key in absent:
-                    mixed ^= int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
-            found[one.company] = (rows, size, mixed)
+        other: list[str] = []
+        wait = partial(db.await_result, self._connection)
+        with closing(lines.ahead(self._store(), self.objects, wait)) as readers:
+            for one, reader in readers:
+                rows, size, mixed = found.get(one.company, (0, 0, 0))
+                for number, part in enumerate(reader.parts(one.rows)):
+                    if fit and not number:
+                        # The rows of an object are of one snapshot, and have the same columns.
+                        fit.require_columns(lines.columns(part[0]))
+                    absent, differing = self._compare(part)
+                    other += differing
+                    if fit:
+                        fit.count(list(absent.values()))
+                    rows, size = rows + len(absent), size + _size(absent.values())
+                    for key in absent:
+                        mixed ^= int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
+                found[one.company] = (rows, size, mixed)
+        if other:
+            raise Refused(_others(self.log.name, other) + ("; nothing was put back" if fit else ""))
+        if fit:
+            fit.require()
         return self._per_company(found)
 
     def archived(self) -> tuple[Target, ...]:
@@ -140,21 +156,41 @@ class Restore:
     def next(self, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> dict[str, Any]:
         """Which lines of a shard's object come next, as the cursor behind them."""
         start = after["line"] if after else 0
+        if self._means.contended:
+            # Each conflict halves the limit: rows of a parent that is held for long would be left out one by one.
+            limit = max(limit, _LEFT_OUT)
         found = self._reader(shard.spec, start).read(start, min(limit, shard.rows - start))
         return {**shard.spec, "from": start, "line": start + len(found)}
 
     def put(self, cursor: Mapping[str, Any]) -> Tally:
-        """Insert the lines before a cursor. Refused, and rolled back, when a row does not come out as its line."""
+        """Insert the lines before a cursor. Refused, and rolled back, when a row does not come out as its line.
+
+        Where others hold what was waited for before, its rows are left out: the second sweep comes back for them.
+        """
         start, end = cursor["from"], cursor["line"]
         found = self._reader(cursor, start).read(start, end - start)
         absent = list(self._absent(found).values())
-        if absent:
-            rows, same = self._insert(absent)
-            if rows != len(absent) or not same:
-                raise Refused(
-                    f"rows of {cursor['key']} do not come out of {self.log.name} as they are in the archive"
-                )
+        if not self._means.contended:
+            self._put(absent, cursor)
+        else:
+            try:
+                with self._connection.begin_nested():
+                    self._connection.exec_driver_sql("SET LOCAL lock_timeout = '100ms'")
+                    self._put(absent, cursor)
+            except Contended:
+                absent = []
         return Tally({(self.log.name, cursor["company"]): Amount(len(absent), _size(absent))})
+
+    def _put(self, absent: Sequence[str], cursor: Mapping[str, Any]) -> None:
+        if not absent:
+            return
+        rows, same = self._insert(absent)
+        if same and triggers.after_insert(self._connection, self.log.name):
+            # What RETURNING says is what was before them, and some wait for the end of the transaction.
+            self._connection.exec_driver_sql("SET CONSTRAINTS ALL IMMEDIATE")
+            same = not any(self._compare(absent))
+        if rows != len(absent) or not same:
+            raise Refused(f"rows of {cursor['key']} do not come out of {self.log.name} as they are in the archive")
 
     # -- the archive ----------------------------------------------------------------------------------
 
@@ -172,58 +208,47 @@ class Restore:
         return self._means.store
 
     def _reader(self, spec: Mapping[str, Any], start: int) -> Reader:
-        return Reader.at(self._store(), spec["key"], spec["sha256"], start)
-
-    def _parts(self, one: ArchivedObject) -> Iterator[list[str]]:
-        """An object's lines, some megabytes at a time."""
-        start = 0
-        while start < one.rows:
-            part = self._reader(vars(one), start).read(start, one.rows - start)
-            yield part
-            start += len(part)
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(Reader.at, self._store(), spec["key"], spec["sha256"], start)
+            return db.await_result(self._connection, found)
 
     def _require_manifest(self, store: Store, objects: list[ArchivedObject]) -> None:
-        """The signed receipt names the manifest by its digest, and that the objects; a failed run may have none."""
-        evidence = self._receipt()["evidence"].get("archive", {})
-        if "manifest" not in evidence:
-            return
-        body = archive.read_manifest(store, evidence["manifest"], evidence["sha256"])
+        """The newest receipt that names a manifest vouches for it by its digest, and that for the objects.
+
+        Refused when none does: who can change an object can change what the ledger says of it as well.
+        """
+        named = next((one for one in map(self._signed, self._receipts()) if "manifest" in one), None)
+        if named is None:
+            raise Refused(
+                f"no receipt of run {self._run.id} names the manifest of its archive, so nothing vouches for that; "
+                "`runs resume` has one written, also when the run is stopped again"
+            )
+        body = archive.read_manifest(store, named["manifest"], named["sha256"])
         known = {one["key"]: (one["sha256"], one["rows"]) for one in json.loads(body)["objects"]}
         for one in objects:
             if known.get(one.key) != (one.sha256, one.rows):
                 raise ArchiveTampered(f"archive object {one.key} is not the one that the manifest names")
 
-    def _receipt(self) -> dict[str, Any]:
-        """What was signed at the run's end. ArchiveTampered when it is gone, changed, or signed by a stranger."""
-        run, path = self._run, self._means.settings.signing_key_file
+    def _receipts(self) -> list[Receipt]:
+        """What was signed of the run, the newest first. ArchiveTampered when that is not of how it ended."""
+        found = audit.recent(self._connection, limit=_MOST_RECEIPTS, run=self._run.id)
+        if not found or not audit.tells_end(found[0].body, self._run.state, self._run.settled_at):
+            raise ArchiveTampered(f"run {self._run.id} has no receipt of how it ended; see `receipts verify`")
+        return found
+
+    def _signed(self, receipt: Receipt) -> Mapping[str, Any]:
+        """What a receipt says of the archive. ArchiveTampered when it was changed, or signed by a stranger."""
+        path = self._means.settings.signing_key_file
         # Whoever only plans need not have the key; a run is refused without.
         keys = audit.by_fingerprint(audit.Signer.load(path).trusted) if path else {}
-        found = audit.recent(self._connection, limit=1, run=run.id)
-        if not found or not audit.tells_end(found[0].body, run.state, run.settled_at):
-            raise ArchiveTampered(f"run {run.id} has no receipt of how it ended; see `receipts verify`")
-        (receipt,) = found
         if flaws := audit.flaws_of(receipt, None, keys, strangers=path is None):
-            known = receipt.signer in keys
-            hint = (
-                "" if known else "; if it is of an earlier key of yours, put its public key into the file of the new"
-            )
+            hint = "; if it is of an earlier key of yours, put its public key into the file of the new"
             raise ArchiveTampered(
-                f"receipt {receipt.seq} of run {run.id} does not prove the archive: {flaws[0]}{hint}"
+                f"receipt {receipt.seq} of run {self._run.id} does not prove the archive: {flaws[0]}"
+                + ("" if receipt.signer in keys else hint)
             )
-        return receipt.to_json()
-
-    def _require_columns(self, objects: Iterable[ArchivedObject]) -> None:
-        """The table may have got and lost columns since, also between two bites."""
-        names = {name for one in objects for name in lines.columns(self._reader(vars(one), 0).read(0, 1)[0])}
-        table = sa.Table(self.log.name, sa.MetaData(schema="public"), *(sa.Column(name) for name in sorted(names)))
-        if lacks := layouts.missing(self._connection, [table]):
-            raise Refused(
-                f"the archive has {', '.join(lacks)}, which the table lacks; its rows would not come back whole"
-            )
-        if wants := [one.name for one in self._columns if one.required and one.name not in names]:
-            raise Refused(
-                f"{self.log.name} wants a value for {', '.join(wants)}, which the archive lacks; give it a default"
-            )
+        said: Mapping[str, Any] = receipt.to_json()["evidence"].get("archive", {})
+        return said
 
     # -- the table ------------------------------------------------------------------------------------
 

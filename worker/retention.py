@@ -152,16 +152,29 @@ def cutoffs(
             whose = f"company {one.company}" if one.company else "every company"
             what = f"the policy of {one.table} for {whose} (version {one.version}, {duration_text(one.keep)})"
             require_within(one.keep, settings, what=what)
+    if asked is None and None not in present:
+        require_within(default, settings, what=f"the default of {duration_text(default)} (a policy overrides it)")
+    return _longest([present, then], now=now, asked=asked, default=default)
+
+
+def entered(found: Sequence[Policy], *, now: datetime, asked: timedelta | None, default: timedelta) -> Cutoffs:
+    """The moments for a run by what was in force when it was entered at `now`, whatever came after. Never refused."""
+    then = newest(one for one in found if one.created_at <= now)
+    return _longest([then], now=now, asked=asked, default=default)
+
+
+def _longest(
+    each: Sequence[Mapping[UUID | None, Policy]], *, now: datetime, asked: timedelta | None, default: timedelta
+) -> Cutoffs:
+    """The moments by whichever of several sets of policies keep longest."""
 
     def keeps(whose: UUID | None) -> timedelta:
-        rules = [rules.get(whose) or rules.get(None) for rules in (present, then)]
+        rules = [policies.get(whose) or policies.get(None) for policies in each]
         periods = [rule.keep if rule and rule.keep else (asked or default) for rule in rules]
         return max(*periods, asked or timedelta(0))
 
-    if asked is None and None not in present:
-        require_within(default, settings, what=f"the default of {duration_text(default)} (a policy overrides it)")
     base = keeps(None)
-    own = {whose: keeps(whose) for whose in {*present, *then} if whose is not None}
+    own = {whose: keeps(whose) for policies in each for whose in policies if whose is not None}
     return Cutoffs(
         default=now - base, special={whose: now - period for whose, period in own.items() if period != base}
     )

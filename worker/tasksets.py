@@ -14,7 +14,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from worker import ledger
+from worker import ledger, triggers
 from worker.errors import Refused, UnderWay
 from worker.job import Batch
 from worker.layouts.model import Keep
@@ -36,7 +36,8 @@ NOTES = sa.Table(
     *(sa.Column(name, sa.Uuid) for name in ("run_id", "task", "company", "undone_by")),
     sa.Column("mark", sa.Text),
 )
-# Every task is older than this: what a run archived comes back whatever its age.
+# What a run archived comes back whatever its age is now: all are of one, and that is old enough.
+_AGE = sa.literal(datetime(2, 1, 1, tzinfo=UTC))
 _ANY_AGE = Cutoffs(default=datetime(9999, 1, 1, tzinfo=UTC))
 
 
@@ -87,7 +88,7 @@ class TaskSets:
         return changed.returning(*found, before.c.size.label("size"), mark).cte("done")
 
     def archived_by(self, run: UUID, companies: tuple[UUID, ...]) -> RowSet:
-        """The tasks that a run archived and nobody has brought back, but for those changed since."""
+        """The tasks a run archived in these companies and nobody has brought back, but for those changed since."""
         of_task = sa.and_(NOTES.c.run_id == run, NOTES.c.task == self._tasks.key)
 
         def noted(what: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
@@ -95,14 +96,17 @@ class TaskSets:
             # note of the run, because the notes are too fresh for statistics.
             return sa.func.coalesce(sa.select(what).where(of_task).scalar_subquery(), sa.false())
 
+        moved = NOTES.c.company.is_distinct_from(self._tasks.company)
         changed = Keep(
             reason="changed",
             why="somebody has changed the task since it was archived",
-            rows=noted(NOTES.c.mark != self._tasks.mark),
+            rows=noted(sa.or_(NOTES.c.mark != self._tasks.mark, moved)),
         )
-        note = noted(NOTES.c.undone_by.is_(None))
-        what = replace(self._tasks, among=note, keeps=())
-        return RowSet(what=what, cutoffs=_ANY_AGE, companies=companies, keeps=(changed,))
+        # By the company it was archived in: one that has been moved is counted with the others.
+        there = NOTES.c.company.in_(companies) if companies else sa.true()
+        note = noted(sa.and_(NOTES.c.undone_by.is_(None), there))
+        what = replace(self._tasks, among=note, keeps=(), age=_AGE, indexed=False)
+        return RowSet(what=what, cutoffs=_ANY_AGE, companies=(), keeps=(changed,))
 
     def gone(self, run: UUID, companies: tuple[UUID, ...]) -> list[Left]:
         """Tasks that a run archived and the app has deleted since, per company."""
@@ -132,6 +136,15 @@ class TaskSets:
         )
         return {row.company: row.number for row in self._connection.execute(query)}
 
+    def require_untriggered(self) -> None:
+        """Refused, naming them, when triggers of the host's fire on what is done to a task: they may do more."""
+        name = self._tasks.name
+        if firing := triggers.on_update(self._connection, name, self._tasks.back):
+            raise Refused(
+                f"{name}: the trigger{'s' * (len(firing) > 1)} {', '.join(firing)} would fire on each task, and may "
+                "change more than was asked for; limit to other columns (UPDATE OF ...) or disable"
+            )
+
     def require_undoable(self, run: UUID, companies: tuple[UUID, ...], *, job: str) -> None:
         """Refused when a run is not one of `job`, archived nothing of these companies, or was undone already."""
         found = ledger.get(self._connection, run)
@@ -150,9 +163,13 @@ class TaskSets:
             raise Refused(f"--undo: run {run} was undone already, by run {by}")
 
     def require_not_undone(self, run: UUID) -> None:
-        """Refused when tasks that a run archived were brought back: going on with it would archive the rest."""
+        """Refused when tasks that a run archived were brought back: going on with it would archive the rest.
+
+        Also when an undo found none that it could bring back: it was kept, and what came after it would stay.
+        """
         query = sa.select(NOTES.c.undone_by).where(NOTES.c.run_id == run, NOTES.c.undone_by.is_not(None)).limit(1)
-        if (by := self._connection.scalar(query)) is not None:
+        by = self._connection.scalar(query) or next(iter(self._undone_by(run).values()), None)
+        if by is not None:
             raise Refused(f"run {run} was undone by run {by}; to archive the tasks after all, start another run")
 
     def _undone_by(self, run: UUID) -> dict[UUID | None, UUID]:

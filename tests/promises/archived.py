@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -59,13 +60,32 @@ def complete(deployment: Deployment, job: Job, **settings: str) -> dict[str, Any
 def prune(deployment: Deployment, table: str = "activity_log", *, bite_rows: str = "200", **more: Any) -> RunId:
     """A run of prune-logs that took some, but not all, rows of a log."""
     before = content(deployment, table)
-    days = timedelta(days=90 if table == "activity_log" else 20)
-    job = PruneLogs(table=table, older_than=days, **more)
+    more.setdefault("older_than", timedelta(days=90 if table == "activity_log" else 20))
+    job = PruneLogs(table=table, **more)
     result = complete(deployment, job, bite_rows=bite_rows)
     assert result["kept"], result
     assert 0 < result["rows"] < len(before)
     assert len(before) - len(content(deployment, table)) == result["rows"]
     return RunId(result["run"])
+
+
+def half(
+    deployment: Deployment,
+    *,
+    settings: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> RunId:
+    """A prune of the activity log that was stopped after some bites, with these settings by then."""
+    small = deployment.with_settings(bite_rows="50")
+    run = small.start(PruneLogs(), actor="tester", via="test")
+    bites = iter(range(6))
+    small.runner().work(run, seconds=math.inf, leave=lambda: next(bites, None) is None)
+    meanwhile()
+    deployment.with_settings(**(settings or {})).stop(str(run))
+    result = deployment.operations.result(run)
+    assert result["state"] == "stopped"
+    assert 0 < result["rows"] < result["planned"]
+    return RunId(str(run))
 
 
 def restore(deployment: Deployment, run: RunId, **more: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tasks.archive_tasks import ArchiveTasks
 from tests.cli.helpers import least
 from tests.conftest import NOW, Deployment
 from tests.promises.board import OLD, Board
+from worker.errors import Refused
 from worker.job import Batch
 from worker.means import Means
 from worker.plans import Tally
@@ -283,3 +284,40 @@ def test_companies_are_kept_apart(board: Board) -> None:
     mine, theirs = board.task(), other.task()
     board.archive()
     assert (board.hidden(mine), other.hidden(theirs)) == (True, False)
+
+
+_TOUCH = {
+    "BEFORE": "NEW.updated_at = now(); RETURN NEW;",
+    "AFTER": "UPDATE {table} SET updated_at = now() WHERE id = NEW.id; RETURN NULL;",
+}
+
+
+@pytest.mark.parametrize("when", _TOUCH)
+def test_a_trigger_that_fires_on_it_is_named_and_nothing_is_archived(deployment: Deployment, when: str) -> None:
+    """It may change what is compared later: no undo would bring the task back as it was, or at all."""
+    board = Board(deployment=deployment)
+    task, column = board.task(), "hidden_at" if board.released else "archived"
+    body = _TOUCH[when].format(table=board.table)
+    board.sql(f"CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} END $$")
+
+    def fires(of: str) -> None:
+        board.sql(f"DROP TRIGGER IF EXISTS touched ON {board.table}")
+        board.sql(
+            f"CREATE TRIGGER touched {when} UPDATE {of} ON {board.table} FOR EACH ROW "
+            "WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION touch()"
+        )
+
+    for of in ("", f"OF status, {column}"):
+        fires(of)
+        before = board.world()
+        with pytest.raises(Refused, match=f"{board.table}: the trigger touched would fire"):
+            board.archive()
+        assert board.world() == before
+    fires("OF status")
+    result = board.archive()
+    assert board.hidden(task)
+    fires("")
+    with pytest.raises(Refused, match="the trigger touched would fire"):
+        board.undo(result)
+    board.sql(f"ALTER TABLE {board.table} DISABLE TRIGGER touched")
+    assert board.undo(result)["rows"] == 1

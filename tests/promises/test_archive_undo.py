@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID
@@ -61,11 +62,15 @@ _CHANGES: dict[str, dict[str, str]] = {
         "brought back": "hidden_at = NULL",
         "hidden by somebody": "hidden_at = now()",
         "hidden a tick later": "hidden_at = hidden_at + interval '1 microsecond'",
+        "of no age": "updated_at = 'infinity', completed_at = 'infinity'",
+        "of another company": "company_id = %(other)s",
     },
     "guide": {
         "updated": "updated_at = now()",
         "reopened": "status = 'todo'",
         "brought back": "archived = false",
+        "of no age": "updated_at = 'infinity'",
+        "of another company": "company_id = %(other)s",
     },
 }
 
@@ -74,17 +79,20 @@ def test_what_somebody_has_changed_since_stays_as_it_is(board: Board) -> None:
     changes = _CHANGES[board.deployment.layout]
     tasks = dict(zip(changes, board.tasks(len(changes)), strict=True))
     gone, rest = board.tasks(2)
+    other = Board(deployment=board.deployment).company
     result = board.archive()
     assert result["rows"] == len(changes) + 2
     for name, change in changes.items():
-        board.sql(f"UPDATE {board.table} SET {change} WHERE id = %(task)s", task=tasks[name])
+        board.sql(f"UPDATE {board.table} SET {change} WHERE id = %(task)s", task=tasks[name], other=other)
     board.sql(f"DELETE FROM {board.table} WHERE id = %(task)s", task=gone)
     one = f"SELECT to_jsonb(t) FROM {board.table} t WHERE id = %(task)s"
     theirs = {name: board.sql(one, task=task) for name, task in tasks.items()}
-    assert board.left(undo=RunId(result["run"])) == {"changed": len(changes), "gone": 1}
+    stay = {"changed": len(changes), "gone": 1}
+    planned = board.plan(undo=RunId(result["run"])).left
+    assert Counter(left.reason for left in planned for _ in range(left.rows)) == stay
     undone = board.undo(result)
     assert (undone["kept"], undone["rows"]) == (True, 1)
-    assert {left["reason"]: left["rows"] for left in undone["left"]} == {"changed": len(changes), "gone": 1}
+    assert Counter(left["reason"] for left in undone["left"] for _ in range(left["rows"])) == stay
     assert not board.hidden(rest)
     assert {name: board.sql(one, task=task) for name, task in tasks.items()} == theirs
 
@@ -136,6 +144,20 @@ def test_of_a_stopped_run_its_part_comes_back_and_it_cannot_be_resumed(board: Bo
     assert undone["kept"]
     assert undone["rows"] == board.deployment.operations.result(run)["rows"]
     assert board.world() == before
+    with pytest.raises(Refused, match=f"{run} was undone by run {undone['run']}"):
+        board.deployment.operations.resume(str(run))
+    assert board.deployment.operations.find(str(run)).state is State.STOPPED
+    assert board.world() == before
+
+
+def test_a_run_whose_undo_found_nothing_to_bring_back_cannot_be_resumed_either(board: Board) -> None:
+    """What it archived afterwards could not be undone: an undo that was kept is not repeated."""
+    run = _part(board, ArchiveTasks())
+    noted = "SELECT task FROM paperclip_worker.archived_tasks"
+    board.sql(f"UPDATE {board.table} SET updated_at = now() WHERE id IN ({noted})")
+    undone = board.archive(undo=RunId(str(run)), company=())
+    assert (undone["kept"], undone["rows"]) == (True, 0)
+    before = board.world()
     with pytest.raises(Refused, match=f"{run} was undone by run {undone['run']}"):
         board.deployment.operations.resume(str(run))
     assert board.deployment.operations.find(str(run)).state is State.STOPPED

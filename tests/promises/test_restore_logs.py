@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from uuid import UUID
 
+import psycopg
 import pytest
 
 from tasks.prune_logs import PruneLogs
@@ -166,6 +167,24 @@ def test_a_partly_restored_table_is_completed(deployment: Deployment) -> None:
     assert planned.tally.total.rows == len(lost)
     assert restore(deployment, run)["rows"] == len(lost)
     assert content(deployment, "activity_log") == before
+
+
+def test_rows_whose_parent_the_app_holds_wait_and_the_others_do_not(released: Deployment) -> None:
+    """However long it is held: what is not back then is said, and comes back by another run."""
+    before = content(released, "activity_log")
+    run = prune(released)
+    lacking = len(before) - len(content(released, "activity_log"))
+    ((company, rows), *_) = released.query(
+        "SELECT company, sum(rows)::bigint FROM paperclip_worker.objects GROUP BY 1 ORDER BY 1"
+    )
+    with psycopg.connect(released.environment["DATABASE_URL"]) as app:
+        app.execute("SELECT FROM companies WHERE id = %s FOR UPDATE", (company,))
+        result = complete(released, RestoreLogs(run=run), lock_timeout="0.05")
+    assert result["state"] == "unkept"
+    assert [(one["company"], one["rows"]) for one in result["findings"]] == [(company, rows)]
+    assert result["rows"] == lacking - rows > 0
+    assert restore(released, run)["rows"] == rows
+    assert content(released, "activity_log") == before
 
 
 def test_a_column_the_table_has_got_since_takes_its_default(released: Deployment) -> None:

@@ -7,7 +7,9 @@ import io
 import math
 import re
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -20,10 +22,12 @@ from tasks.restore_logs import RestoreLogs
 from tests.cli.helpers import INLINE, keys, refused, world
 from tests.conftest import Deployment
 from tests.faults.evidence import check_manifests
-from tests.promises.archived import complete, content, objects_of, prune, restore, store_of
-from worker import audit
-from worker.errors import Refused, UnderWay
+from tests.promises.archived import complete, content, half, objects_of, prune, restore, store_of
+from tests.promises.test_policies import _set as set_policy
+from worker import archive, audit
+from worker.errors import Refused, StorageFault, UnderWay
 from worker.params import RunId
+from worker.states import State
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 
@@ -99,14 +103,14 @@ def _signed_by_another(deployment: Deployment, key: str) -> None:
 
 
 _HARM: dict[str, tuple[Callable[[Deployment, str], object], str]] = {
-    "other bytes": (_flip, "archive object .* is missing or has other bytes"),
+    "other bytes": (_flip, "archive object .* has other bytes than were written"),
     "other rows": (
         lambda deployment, key: _write(deployment, key, _changed(_body(deployment, key))),
-        "archive object .* is missing or has other bytes",
+        "archive object .* has other bytes than were written",
     ),
     "cut": (
         lambda deployment, key: _write(deployment, key, _body(deployment, key)[:-9]),
-        "archive object .* is missing or has other bytes",
+        "archive object .* has other bytes than were written",
     ),
     "gone": (lambda deployment, key: store_of(deployment).delete([key]), "archive object .* is missing"),
     "other rows, the ledger too": (_swap, "archive object .* is not the one that the manifest names"),
@@ -154,6 +158,65 @@ def test_the_archive_of_an_earlier_signing_key(released: Deployment, signing_key
     released.cli("run", "restore-logs", "--run", str(run), "--inline", "--yes", env=later)
     assert released.cli("receipts", "verify", env=later).stdout == "2 receipts, chain intact\n"
     assert released.cli("receipts", "verify", "--anchors", env=later).stdout.endswith("the bucket agrees\n")
+
+
+def _forge(deployment: Deployment, run: RunId) -> None:
+    _swap(deployment, objects_of(deployment, run)[-1])
+
+
+def test_the_manifest_is_written_whatever_the_settings_say_by_then(released: Deployment) -> None:
+    """A floor that was raised meanwhile ends the run; what it took is attested all the same."""
+    set_policy(released, timedelta(days=30))
+    before = content(released, "activity_log")
+    run = half(released, settings={"retention_floor": "60d"})
+    evidence = released.operations.result(run)["receipt"]["evidence"]
+    assert "under the floor of 60d" in evidence["retention"]["at_end"]["refused"]
+    keys_now = [_manifest(released, key) for key in objects_of(released, run)]
+    assert evidence["archive"]["manifest"] in keys_now
+    restore(released, run)
+    assert content(released, "activity_log") == before
+    _forge(released, run)
+    _demand(released, "--run", str(run), says="is not the one that the manifest names")
+
+
+def test_the_receipt_has_the_cutoffs_of_the_beginning_and_of_the_end(released: Deployment) -> None:
+    """A policy that was made longer meanwhile is not what the rows went by that were gone already."""
+    run = half(released, meanwhile=lambda: set_policy(released, timedelta(days=300)))
+    retained = released.operations.result(run)["receipt"]["evidence"]["retention"]
+    began, ended = (datetime.fromisoformat(one["cutoff"]) for one in (retained, retained["at_end"]))
+    ((youngest,),) = released.query("SELECT max(last::timestamptz) FROM paperclip_worker.objects")
+    assert ended < youngest < began
+    assert began - ended == timedelta(days=210)
+
+
+def test_an_archive_without_a_manifest(released: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none could be written nothing vouches for what the ledger says; the run is resumed, and one is."""
+    before = content(released, "activity_log")
+
+    def fail(*_: Any) -> str:
+        raise StorageFault("bucket: cannot be reached")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, "write_manifest", fail)
+        run = half(released)
+    evidence = released.operations.result(run)["receipt"]["evidence"]
+    assert evidence == {"index": "not written: StorageFault"}
+    _demand(released, "--run", str(run), says=f"no receipt of run {run} names the manifest")
+    released.operations.resume(str(run))
+    released.operations.stop(str(run))
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, "write_manifest", fail)
+        released.operations.resume(str(run))
+        released.operations.stop(str(run))
+    restore(released, run)
+    assert content(released, "activity_log") == before
+
+
+def test_what_is_refused_as_a_run_is_refused_as_a_rehearsal(released: Deployment) -> None:
+    run = prune(released)
+    act, says = _HARM["manifest gone"]
+    act(released, objects_of(released, run)[0])
+    refused(released, "rehearse", "restore-logs", "--run", str(run), says=says)
 
 
 @pytest.mark.parametrize("harm", ["other bytes", "gone"])
@@ -239,6 +302,53 @@ def test_a_column_that_the_table_wants_now(released: Deployment) -> None:
     _demand(released, "--run", str(run), says="activity_log wants a value for mood, which the archive lacks")
 
 
+_CHANGED: dict[str, tuple[str, str, str]] = {
+    "a value is wanted now": (
+        "ADD mood text",
+        "ALTER mood SET DEFAULT 'calm', ALTER mood SET NOT NULL",
+        r"plugin_logs cannot come back as they are: \d+ have no value for mood, which plugin_logs wants now",
+    ),
+    "another type": (
+        "ADD mood int DEFAULT 5",
+        "ALTER mood DROP DEFAULT, ALTER mood TYPE text",
+        r"plugin_logs cannot come back as they are: \d+ would not be as they were: .* another type for a column",
+    ),
+    "a type that it does not fit": (
+        "ADD mood text DEFAULT 'calm'",
+        "ALTER mood DROP DEFAULT, ALTER mood TYPE int USING 1",
+        "plugin_logs does not take an archived row: a value does not fit its column",
+    ),
+    "another key": (
+        "ADD mood text",
+        "DROP CONSTRAINT plugin_logs_pkey, ADD PRIMARY KEY (id, created_at)",
+        "plugin_logs has no unique key of id alone any more",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", _CHANGED)
+def test_a_table_that_was_changed_since(released: Deployment, change: str) -> None:
+    """Found in rows anywhere in the archive, before the first is put back."""
+    made, later, says = _CHANGED[change]
+    released.query(f"ALTER TABLE plugin_logs {made}")
+    run = prune(released, "plugin_logs", bite_rows="50")
+    if change == "a value is wanted now":
+        released.query("UPDATE plugin_logs SET mood = 'calm'")
+    released.query(f"ALTER TABLE plugin_logs {later}")
+    _demand(released, "--run", str(run), says=says)
+
+
+def test_a_column_that_only_the_first_objects_lack(released: Deployment) -> None:
+    small = released.with_settings(bite_rows="50")
+    run = small.start(PruneLogs(), actor="tester", via="test")
+    bites = iter(range(3))
+    small.runner().work(run, seconds=math.inf, leave=lambda: next(bites, None) is None)
+    released.query("ALTER TABLE activity_log ADD mood text DEFAULT 'calm'")
+    small.runner().work(run, seconds=math.inf)
+    released.query("ALTER TABLE activity_log ALTER mood SET NOT NULL, ALTER mood DROP DEFAULT")
+    _demand(released, "--run", str(run), says="activity_log wants a value for mood, which the archive lacks")
+
+
 def test_a_row_whose_parent_is_gone(deployment: Deployment) -> None:
     """A plugin, run or company that was removed since: said before the first row is put back."""
     if deployment.layout == "guide":
@@ -265,7 +375,7 @@ def test_a_row_whose_parent_is_gone(deployment: Deployment) -> None:
     deployment.query("DELETE FROM activity_log WHERE company_id = %s", UNKNOWN)
     deployment.query(f"DELETE FROM {parent} WHERE id = %s", UNKNOWN)
     _demand(
-        deployment, "--run", str(run), says=f"{table} refer to others that are gone: 3 to rows of {parent} .{key}.$"
+        deployment, "--run", str(run), says=f"{table} cannot .* are: 3 refer to rows of {parent} .{key}. .* gone$"
     )
 
 
@@ -297,19 +407,38 @@ def test_a_place_that_another_row_has_taken(released: Deployment) -> None:
     assert content(released, "heartbeat_run_events") == before
 
 
-def test_a_row_that_comes_out_otherwise(released: Deployment) -> None:
-    """A trigger of the host's that changes what is inserted."""
+_MEDDLING = {
+    "before": (
+        "NEW.level := upper(NEW.level); RETURN NEW;",
+        "TRIGGER louder BEFORE INSERT ON plugin_logs FOR EACH ROW",
+    ),
+    "after": (
+        "UPDATE plugin_logs SET level = upper(level) WHERE id = NEW.id; RETURN NULL;",
+        "TRIGGER louder AFTER INSERT ON plugin_logs FOR EACH ROW",
+    ),
+    "at the end": (
+        "UPDATE plugin_logs SET level = upper(level) WHERE id = NEW.id; RETURN NULL;",
+        "CONSTRAINT TRIGGER louder AFTER INSERT ON plugin_logs DEFERRABLE INITIALLY DEFERRED FOR EACH ROW",
+    ),
+}
+
+
+@pytest.mark.parametrize("when", _MEDDLING)
+def test_a_row_that_comes_out_otherwise(released: Deployment, when: str) -> None:
+    """A trigger of the host's that changes what is inserted, whenever it does."""
     pruned = prune(released, "plugin_logs")
+    body, trigger = _MEDDLING[when]
     released.query(
-        "CREATE FUNCTION louder() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN NEW.level := upper(NEW.level); RETURN NEW; END $$;"
-        "CREATE TRIGGER louder BEFORE INSERT ON plugin_logs FOR EACH ROW EXECUTE FUNCTION louder()"
+        f"CREATE FUNCTION louder() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} END $$;"
+        f"CREATE {trigger} EXECUTE FUNCTION louder()"
     )
     before = content(released, "plugin_logs")
     run = released.operations.start(RestoreLogs(run=pruned), actor="tester", via="test")
     with pytest.raises(Refused, match="do not come out of plugin_logs as they are in the archive"):
         released.operations.runner().work(run, seconds=math.inf)
     assert content(released, "plugin_logs") == before
+    released.query("CREATE OR REPLACE FUNCTION louder() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'")
+    assert restore(released, pruned)["rows"] > 0
 
 
 def test_a_value_that_no_column_can_have(released: Deployment) -> None:
@@ -361,14 +490,40 @@ def test_a_prune_that_is_entered_in_the_same_instant(released: Deployment) -> No
         released.query("UPDATE paperclip_worker.runs SET state = 'queued' WHERE id = %s", run)
 
 
+@pytest.mark.parametrize(
+    ("whose", "to_the_end", "says"),
+    [("its own", True, "has put rows of it back"), ("another's", False, "are being put back by run")],
+)
+def test_a_resume_that_a_restore_overtakes(
+    released: Deployment, monkeypatch: pytest.MonkeyPatch, whose: str, to_the_end: bool, says: str
+) -> None:
+    """To read the archive of the run that is resumed takes long; what has begun meanwhile is asked again."""
+    first = prune(released, older_than=timedelta(days=120))
+    stopped = half(released)
+    other = RestoreLogs(run=stopped if whose == "its own" else first)
+    begun = list[UUID]()
+    intact = archive.require_intact
+
+    def overtaken(*given: Any) -> None:
+        intact(*given)
+        monkeypatch.setattr(archive, "require_intact", intact)
+        begun.append(released.operations.start(other, actor="tester", via="test"))
+        bites = iter(range(2))
+        released.operations.runner().work(
+            begun[0], seconds=math.inf, leave=lambda: not to_the_end and next(bites, None) is None
+        )
+
+    monkeypatch.setattr(archive, "require_intact", overtaken)
+    with pytest.raises((Refused, UnderWay), match=says):
+        released.operations.resume(str(stopped))
+    assert released.operations.find(str(stopped)).state is State.STOPPED
+    assert released.operations.find(str(begun[0])).state is (State.KEPT if to_the_end else State.RUNNING)
+
+
 def test_an_unfinished_prune_can_be_put_back(released: Deployment) -> None:
     """A run that was stopped half-way has an archive of what it took."""
     before = content(released, "activity_log")
-    small = released.with_settings(bite_rows="50")
-    run = small.start(PruneLogs(), actor="tester", via="test")
-    left = iter(range(6))
-    small.runner().work(run, seconds=math.inf, leave=lambda: next(left, None) is None)
-    small.stop(str(run))
+    run = half(released)
     assert len(before) - len(content(released, "activity_log")) > 0
-    restore(released, RunId(str(run)))
+    restore(released, run)
     assert content(released, "activity_log") == before
