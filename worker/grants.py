@@ -41,6 +41,8 @@ def statements(layout: Layout, role: str, jobs: Sequence[type[Job]]) -> Iterator
     # Grants of earlier releases gave more.
     yield f"REVOKE UPDATE ON {_ledger(*_APPENDED, _VERSION)} FROM {to}"
     yield f"REVOKE INSERT ON {_ledger(*_COUNTED, _VERSION)} FROM {to}"
+    # Until when an object is locked, as the store says; another bucket says otherwise.
+    yield f"GRANT UPDATE (locked_until) ON {_ledger('anchors')} TO {to}"
     if keys:
         yield f"GRANT INSERT, UPDATE ON {_ledger(*_KEYS)} TO {to}"
         yield f"GRANT SELECT, INSERT, UPDATE, DELETE ON {_ledger(_PASSING)} TO {to}"

@@ -16,7 +16,7 @@ from uuid import UUID, uuid4
 import sqlalchemy as sa
 
 from worker.errors import Contended, Refused
-from worker.layouts.model import Keep, Layout, Records
+from worker.layouts.model import Keep, Layout, Records, as_uuid
 from worker.ledger import SCHEMA
 
 if TYPE_CHECKING:
@@ -170,10 +170,7 @@ def release(connection: sa.Connection, hold: UUID, *, actor: str, reason: str) -
 def _is(key: sa.Column[Any], name: str) -> sa.ColumnElement[bool]:
     if not isinstance(key.type, sa.Uuid):
         return key == name
-    try:
-        return key == UUID(name)
-    except ValueError:
-        return sa.false()
+    return sa.false() if (found := as_uuid(name)) is None else key == found
 
 
 def resolve(connection: sa.Connection, layout: Layout, kind: str, name: str) -> str:

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from worker import anchors, archive, audit, db, layouts, ledger, ledger_shards, params, registry
 from worker.errors import Refused
 from worker.job import REHEARSAL, Job, Overdue
-from worker.means import IN_FORCE, Means, Rules
+from worker.means import Means
 from worker.nullstore import NullStore
 from worker.plans import Plan, Tally, horizon_of
 from worker.runner import Runner
@@ -81,13 +81,10 @@ class Operations:
                 "set it, or give these archive = false in PAPERCLIP_WORKER_SCHEDULE_FILE"
             )
 
-    def plan(self, job: Job, *, approved: str | None = None, rules: Rules = IN_FORCE) -> Plan:
-        """What a run of `job` would change now; with `approved`, refused when the world has drifted from it.
-
-        With `rules`, what it would change under other holds or policies than those in force.
-        """
+    def plan(self, job: Job, *, approved: str | None = None) -> Plan:
+        """What a run of `job` would change now; with `approved`, refused when the world has drifted from it."""
         now = self.now() if approved is None else horizon_of(approved, now=self.now())
-        with self._checked(job, now, rules) as means:
+        with self._checked(job, now) as means:
             job.foresee(means)
             plan = job.plan(means)
         if approved is not None and plan.hash != approved:
@@ -270,18 +267,14 @@ class Operations:
             return ledger.count_rescue(connection, run.id, after=after)
 
     @contextmanager
-    def _checked(
-        self, job: Job, now: datetime, rules: Rules = IN_FORCE, *, run: UUID | None = None
-    ) -> Iterator[Means]:
+    def _checked(self, job: Job, now: datetime, *, run: UUID | None = None) -> Iterator[Means]:
         """A read-only scan of the live database, once the job is known to fit it."""
         with self.transaction(scan=True, read_only=True) as connection:
-            means = self._means(connection, now, rules, run=run)
+            means = self._means(connection, now, run=run)
             means.require_fit(job)
             yield means
 
-    def _means(
-        self, connection: sa.Connection, now: datetime, rules: Rules = IN_FORCE, *, run: UUID | None = None
-    ) -> Means:
+    def _means(self, connection: sa.Connection, now: datetime, *, run: UUID | None = None) -> Means:
         layout = layouts.detect(connection)
         # Legal holds and policies are in the ledger: without it nobody can say what would go.
         ledger.require(connection)
@@ -292,7 +285,6 @@ class Operations:
             settings=self.settings,
             run=run,
             store=self.store,
-            rules=rules,
         )
 
     @contextmanager

@@ -317,7 +317,11 @@ def test_bounds_that_contradict_each_other_are_a_fault_of_the_settings(released:
     env = {"PAPERCLIP_WORKER_RETENTION_FLOOR": "90d", "PAPERCLIP_WORKER_RETENTION_CEILING": "30d"}
     refused(released, "plan", "prune-logs", says="FLOOR is over .*CEILING", env=env)
     refused(
-        released, "plan", "prune-logs", says="FLOOR.*'soon' is not", env={"PAPERCLIP_WORKER_RETENTION_FLOOR": "soon"}
+        released,
+        "plan",
+        "prune-logs",
+        says="FLOOR.* is not a duration",
+        env={"PAPERCLIP_WORKER_RETENTION_FLOOR": "soon"},
     )
     refused(
         released,
