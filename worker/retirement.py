@@ -91,7 +91,10 @@ class Retiring:
         if self._key is not None and not self.due:
             raise Refused(f"--key: no key {self._key} is under seal; see `paperclip-worker keys list`")
         if half := masterkeys.unfinished(self._connection, but=None):
-            raise Refused(f"run {half.run_id} exchanged the key and did not end; resume it, or roll it back first")
+            raise Refused(
+                f"run {half.run_id} exchanged the key and did not come to its end; resume it, or, where it "
+                "ended unkept, roll it back"
+            )
         self._require_in_use()
         going = {one.old_key for one in self.due}
         if not going:
