@@ -6,11 +6,12 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
+import pytest
 import zstandard
 
 from tasks.prune_logs import PruneLogs
@@ -161,3 +162,8 @@ def _store(deployment: Deployment) -> Store:
     store = deployment.operations.store
     assert store is not None
     return store
+
+
+def thinned(every: Iterable[Any], always: Collection[Any]) -> list[Any]:
+    """Parameters of a matrix: those that are `always` run, and the others marked `long`."""
+    return [pytest.param(one, marks=[] if one in always else [pytest.mark.long]) for one in every]
