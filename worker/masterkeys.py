@@ -15,7 +15,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from worker import audit, keyfile, keyring
+from worker import keyfile, keyring
 from worker.errors import Refused
 from worker.ledger import RUNS, SCHEMA
 from worker.pgtypes import Xid8
@@ -252,9 +252,12 @@ def permit(connection: sa.Connection, run: UUID, *, by: str) -> None:
 
 def permitted(connection: sa.Connection, rotation: Rotation) -> bool:
     """Whether that was said since the run was last settled. Where a key was gone by then, nobody took it back."""
-    since = sa.column("at", sa.DateTime(timezone=True)) >= rotation.permitted_at
-    settled = sa.select(sa.exists().where(audit.RECEIPTS.c.run_id == rotation.run_id, since))
-    return rotation.permitted_at is not None and not connection.scalar(settled)
+    if rotation.permitted_at is None:
+        return False
+    receipts = sa.table("receipts", sa.column("run_id"), sa.column("at"), schema=SCHEMA)
+    since = sa.and_(receipts.c.run_id == rotation.run_id, receipts.c.at >= rotation.permitted_at)
+    settled = sa.select(sa.literal(1)).select_from(receipts).where(since).limit(1)
+    return connection.scalar(settled) is None
 
 
 def forbid(connection: sa.Connection, run: UUID) -> None:
