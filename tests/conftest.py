@@ -35,6 +35,20 @@ for _name in [name for name in os.environ if name.startswith(("PAPERCLIP_", "AWS
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 
+# What these ask does not differ by layout: on the second one they are for `-m long`.
+_ON_ONE_LAYOUT = {
+    *("test_carriers", "test_clauses", "test_discovery", "test_keys", "test_overtaken", "test_rollback"),
+    *("test_undecryptable", "test_anchoring"),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in _ON_ONE_LAYOUT and "[guide" in item.name:
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(scope="session")
 def servers() -> Iterator[embedded.Embedded]:
     """PostgreSQL, Redis and S3, started once."""

@@ -40,14 +40,3 @@ def released_vault(released: Deployment, tmp_path: Path) -> Vault:
     found = equipped(released, tmp_path / "secrets")
     found.plant()
     return found
-
-
-# What these ask does not differ by layout: on the second one they are for `-m long`.
-_ON_ONE_LAYOUT = ("test_overtaken", "test_rollback", "test_carriers", "test_undecryptable")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.stem in _ON_ONE_LAYOUT and "[guide" in item.name:
-            item.add_marker(pytest.mark.long)
