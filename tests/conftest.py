@@ -35,17 +35,23 @@ for _name in [name for name in os.environ if name.startswith(("PAPERCLIP_", "AWS
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 
-# What these ask does not differ by layout: on the second one they are for `-m long`.
+# Faults that take long to bring about, and meet no change but one of the rotation: for `-m long`.
+_LONG = {
+    *("test_carriers", "test_full_disk", "test_manual_kills", "test_overtaken", "test_permissions"),
+    *("test_retire_kills", "test_undecryptable"),
+}
+# What these ask does not differ by layout: on the second one they are for `-m long` as well.
 _ON_ONE_LAYOUT = {
-    *("test_carriers", "test_clauses", "test_discovery", "test_keys", "test_overtaken", "test_rollback"),
-    *("test_undecryptable", "test_anchoring"),
+    *("anchors/test_anchoring", "rotation/test_clauses", "rotation/test_discovery", "rotation/test_keys"),
+    *("rotation/test_manual", "rotation/test_refusals", "rotation/test_rollback"),
 }
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem in _ON_ONE_LAYOUT and "[guide" in item.name:
+        known = f"{item.path.parent.name}/{item.path.stem}"
+        if item.path.stem in _LONG or (known in _ON_ONE_LAYOUT and "guide" in item.name):
             item.add_marker(pytest.mark.long)
 
 

@@ -52,7 +52,7 @@ def _bites(means: Means, limit: int) -> Iterator[tuple[Batch, tuple[ArchivedObje
                 break
 
 
-@pytest.mark.parametrize("unit", ["month", "century"])
+@pytest.mark.parametrize("unit", ["month", pytest.param("century", marks=pytest.mark.long)])
 def test_rows_of_one_moment_are_never_one_bite(deployment: Deployment, unit: str) -> None:
     """Many rows of the very same age: the age alone does not say where a bite ends."""
     age = layouts.LAYOUTS[deployment.layout].log("activity_log").age.name
