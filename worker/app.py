@@ -273,20 +273,24 @@ def beat_schedule(settings: Settings, times: Timetable) -> dict[str, Any]:
     return entries
 
 
+def begin(settings: Settings) -> tuple[Operations, Timetable]:
+    """What a service begins with. Refused where a key, database, ledger or bucket would fail every message."""
+    speak()
+    operations = Operations(settings)
+    try:
+        operations.check_ready()
+        return operations, timetable.of(operations)
+    finally:
+        # A worker's pool forks: a connection made here must not be shared with its children.
+        operations.close()
+
+
 def run_worker(settings: Settings, *, concurrency: int) -> int:
     """Run a worker in this process until it is told to stop; SIGTERM lets the bites in flight finish.
 
     Returns the exit status that Celery has for its end.
     """
-    speak()
-    operations = Operations(settings)
-    # Refuse at start what would fail every message: key, database, ledger.
-    try:
-        operations.check_ready()
-        times = timetable.of(operations)
-    finally:
-        # The pool forks: a connection made here must not be shared with its children.
-        operations.close()
+    operations, times = begin(settings)
     app = make(settings, times)
     if settings.metrics_port is not None:
         from worker import metrics  # noqa: PLC0415 - only where a port is configured

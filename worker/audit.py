@@ -215,7 +215,7 @@ def _end(connection: sa.Connection, signer: Signer) -> tuple[int, str]:
     return max(seq, anchored), digest
 
 
-def recent(connection: sa.Connection, *, limit: int, run: UUID | None = None) -> list[Receipt]:
+def recent(connection: sa.Connection, *, limit: int | None = None, run: UUID | None = None) -> list[Receipt]:
     """The newest receipts first, of one run or of all."""
     query = sa.select(RECEIPTS).order_by(RECEIPTS.c.seq.desc()).limit(limit)
     if run:

@@ -14,14 +14,14 @@ from redbeat.schedulers import RedBeatScheduler, get_redis  # type: ignore[impor
 from redis.exceptions import LockError, RedisError
 from redis.lock import Lock
 
-from worker import app, standing, timetable
+from worker import app, standing
 from worker.errors import WorkerError
 from worker.liveness import BEAT_PREFIX
 from worker.logs import log
-from worker.operations import Operations
 
 if TYPE_CHECKING:
     from worker.config import Settings
+    from worker.operations import Operations
     from worker.timetable import Timetable
 
 # What the schedule in Redis was written from: its timezone, and a digest for those that wait.
@@ -128,13 +128,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
 
 def run(settings: Settings) -> None:
     """Run beat in this process until it is told to stop. Refused when the broker does not answer."""
-    app.speak()
-    operations = Operations(settings)
-    try:
-        operations.check_ready()
-        times = timetable.of(operations)
-    finally:
-        operations.close()
+    operations, times = app.begin(settings)
     celery = app.make(settings, times)
     app.require_broker(celery)
     scheduler: Any = partial(Scheduler, times=times, note=partial(_note, operations, times))

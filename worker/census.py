@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from worker.aside import LOST, ODD
 from worker.ciphertext import carried
 from worker.plans import Left, Place, Target
 from worker.reseal import Census
@@ -78,8 +79,8 @@ class Counted:
                 continue
             total += one
             if noted is not None and (one.lost or one.odd):
-                self.news["lost"] += noted.more("lost", carrier, part.keys[number], one.lost)
-                self.news["odd"] += noted.more("odd", carrier, part.keys[number], one.odd)
+                for kind, many in ((LOST, one.lost), (ODD, one.odd)):
+                    self.news[kind] += noted.more(kind, carrier, part.keys[number], many)
             if one.lost:
                 self.lost[table, part.companies[number].decode() or None] += 1
                 if len(self.listed) < _LISTED:

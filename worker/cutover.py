@@ -15,8 +15,9 @@ from sqlalchemy import exc
 from worker import keyfile
 
 if TYPE_CHECKING:
+    from worker.keychain import Keys
     from worker.layouts.model import Layout
-    from worker.masterkeys import Keys, Rotation
+    from worker.masterkeys import Rotation
 
 # How long we may wait for the locks. Always less than PostgreSQL lets a transaction wait before it looks for a
 # deadlock: one of the app's must never be ended for ours.

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from worker.census import Counted
-    from worker.masterkeys import Keys, Rotation
+    from worker.keychain import Keys
+    from worker.masterkeys import Rotation
     from worker.reseal import Census
 
 # Measured: what a row costs under the lock, with its indexes, in a small and in a large table.

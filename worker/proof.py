@@ -19,8 +19,9 @@ from worker.job import Batch, Finding, Shard, Verdict
 from worker.noted import Noted
 
 if TYPE_CHECKING:
+    from worker.keychain import Keys
     from worker.layouts.model import Carrier
-    from worker.masterkeys import Keys, Rotation
+    from worker.masterkeys import Rotation
     from worker.means import Means
     from worker.reseal import Resealer
 

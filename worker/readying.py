@@ -17,7 +17,7 @@ from worker.noted import Noted
 from worker.reseal import Census
 
 if TYPE_CHECKING:
-    from worker.masterkeys import Keys
+    from worker.keychain import Keys
     from worker.means import Means
     from worker.reseal import Resealer
 

@@ -18,8 +18,8 @@ from uuid import UUID
 import sqlalchemy as sa
 from psycopg import sql
 
-from worker import archive, audit, db, ledger, ledger_shards, lines, livetable, triggers
-from worker.errors import ArchiveTampered, Contended, Refused, UnderWay
+from worker import db, ledger, ledger_shards, lines, livetable, triggers, vouched
+from worker.errors import Contended, Refused, UnderWay
 from worker.fit import Fit
 from worker.job import Shard
 from worker.lines import Reader
@@ -28,7 +28,6 @@ from worker.states import ACTIVE
 
 if TYPE_CHECKING:
     from worker.archive import ArchivedObject
-    from worker.audit import Receipt
     from worker.layouts.model import LogTable
     from worker.ledger import Run
     from worker.livetable import Column
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
 _SHOWN = 3
 # So many rows are left out together while others hold what one of them waits for.
 _LEFT_OUT = 500
-# More than a run can have: one each time that it was stopped or failed.
-_MOST_RECEIPTS = 1_000_000
 
 
 def require_none(connection: sa.Connection, table: str) -> None:
@@ -97,7 +94,7 @@ class Restore:
 
     def foresee(self) -> None:
         """Refused when the archive is not what was written, or when the table cannot take all of it as it is."""
-        self._require_manifest(self._store(), self.objects)
+        vouched.require(self._connection, self._means.settings, self._store(), self._run, self.objects)
         self._absent_rows = self._look(Fit(self._connection, self.log, self._json_columns))
 
     def targets(self) -> tuple[Target, ...]:
@@ -211,44 +208,6 @@ class Restore:
         with ThreadPoolExecutor(1) as pool:
             found = pool.submit(Reader.at, self._store(), spec["key"], spec["sha256"], start)
             return db.await_result(self._connection, found)
-
-    def _require_manifest(self, store: Store, objects: list[ArchivedObject]) -> None:
-        """The newest receipt that names a manifest vouches for it by its digest, and that for the objects.
-
-        Refused when none does: who can change an object can change what the ledger says of it as well.
-        """
-        named = next((one for one in map(self._signed, self._receipts()) if "manifest" in one), None)
-        if named is None:
-            raise Refused(
-                f"no receipt of run {self._run.id} names the manifest of its archive, so nothing vouches for that; "
-                "`runs resume` has one written, also when the run is stopped again"
-            )
-        body = archive.read_manifest(store, named["manifest"], named["sha256"])
-        known = {one["key"]: (one["sha256"], one["rows"]) for one in json.loads(body)["objects"]}
-        for one in objects:
-            if known.get(one.key) != (one.sha256, one.rows):
-                raise ArchiveTampered(f"archive object {one.key} is not the one that the manifest names")
-
-    def _receipts(self) -> list[Receipt]:
-        """What was signed of the run, the newest first. ArchiveTampered when that is not of how it ended."""
-        found = audit.recent(self._connection, limit=_MOST_RECEIPTS, run=self._run.id)
-        if not found or not audit.tells_end(found[0].body, self._run.state, self._run.settled_at):
-            raise ArchiveTampered(f"run {self._run.id} has no receipt of how it ended; see `receipts verify`")
-        return found
-
-    def _signed(self, receipt: Receipt) -> Mapping[str, Any]:
-        """What a receipt says of the archive. ArchiveTampered when it was changed, or signed by a stranger."""
-        path = self._means.settings.signing_key_file
-        # Whoever only plans need not have the key; a run is refused without.
-        keys = audit.by_fingerprint(audit.Signer.load(path).trusted) if path else {}
-        if flaws := audit.flaws_of(receipt, None, keys, strangers=path is None):
-            hint = "; if it is of an earlier key of yours, put its public key into the file of the new"
-            raise ArchiveTampered(
-                f"receipt {receipt.seq} of run {self._run.id} does not prove the archive: {flaws[0]}"
-                + ("" if receipt.signer in keys else hint)
-            )
-        said: Mapping[str, Any] = receipt.to_json()["evidence"].get("archive", {})
-        return said
 
     # -- the table ------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import census, cutover, db, discovery, keyfile, keyring, masterkeys
+from worker import census, cutover, db, discovery, keychain, keyfile, keyring, masterkeys
 from worker.aside import asides
 from worker.ciphertext import carried, since
 from worker.errors import Refused
@@ -60,7 +60,7 @@ class Retiring:
             return self.swept
         stay = {one.old_key for one in self._others if not self._over(one)}
         while lost := self._lost({one.old_key for one in self._others} - stay):
-            stay |= {one.new_key for one in masterkeys.seals(self._connection) if one.old_key in lost}
+            stay |= {one.new_key for one in keychain.seals(self._connection) if one.old_key in lost}
         return [one for one in self.swept if one.old_key not in stay]
 
     def _over(self, one: Rotation) -> bool:
@@ -69,13 +69,13 @@ class Retiring:
     def _lost(self, going: set[str]) -> set[str]:
         """The keys that nothing leads to from the key in use once these are destroyed."""
         start = self._current.fingerprint
-        left = masterkeys.reachable(self._connection, start, without=going)
-        return masterkeys.reachable(self._connection, start) - left - going
+        left = keychain.reachable(self._connection, start, without=going)
+        return keychain.reachable(self._connection, start) - left - going
 
     @cached_property
     def _keys(self) -> dict[str, MasterKey]:
         found = {self._current.fingerprint: self._current}
-        masterkeys.unseal(self._connection, found)
+        keychain.unseal(self._connection, found)
         return found
 
     @property
@@ -107,7 +107,7 @@ class Retiring:
                 "rotate to another key first"
             )
         lost = self._lost(going)
-        for one in masterkeys.seals(self._connection):
+        for one in keychain.seals(self._connection):
             if one.old_key in lost and one.new_key in going:
                 raise Refused(f"the key {one.old_key} is sealed under {one.new_key}; retire {one.old_key} first")
 

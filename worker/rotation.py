@@ -21,6 +21,7 @@ from worker import (
     census,
     cutover,
     discovery,
+    keychain,
     keyfile,
     keyring,
     latecomers,
@@ -48,9 +49,10 @@ if TYPE_CHECKING:
     from worker.aside import Aside
     from worker.census import Counted
     from worker.job import Verdict
+    from worker.keychain import Keys
     from worker.keyring import MasterKey
     from worker.layouts.model import Carrier
-    from worker.masterkeys import Keys, Rotation
+    from worker.masterkeys import Rotation
     from worker.means import Means
 
 # So many rows written meanwhile are few enough to be made ready while writers wait.
@@ -76,16 +78,16 @@ class Rotating:
         """The rotation of a job, by its journal where there is one. Refused when a key cannot be found."""
         journal = masterkeys.of(means.connection, means.run)
         if journal is not None:
-            keys = masterkeys.journalled(means, journal, new_key_file=job.new_key_file)
+            keys = keychain.journalled(means, journal, new_key_file=job.new_key_file)
             return cls(means, keys, journal, file=job.file)
         source = keyring.locate(means.settings)
         if job.rollback is not None:
             parent = masterkeys.of(means.connection, job.rollback)
-            return cls(means, masterkeys.returning(source, parent, job.rollback), None, file=job.file)
+            return cls(means, keychain.returning(source, parent, job.rollback), None, file=job.file)
         new = keyring.read(Path(job.new_key_file)) if job.new_key_file is not None else None
         if new is None and means.run == REHEARSAL:
             new = keyring.generate()
-        return cls(means, masterkeys.Keys(old=source.key, new=new, source=source), None, file=job.file)
+        return cls(means, keychain.Keys(old=source.key, new=new, source=source), None, file=job.file)
 
     @cached_property
     def _resealer(self) -> Resealer:

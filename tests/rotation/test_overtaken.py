@@ -16,7 +16,7 @@ from tests.rotation import steps
 from tests.rotation.test_manual import _begin, _journal, _permit, _work, _work_until_it_waits, by_hand  # noqa: F401
 from tests.rotation.test_writers import once
 from tests.rotation.vault import Vault
-from worker import cutover, keyfile, keyring, masterkeys
+from worker import cutover, keychain, keyfile, keyring, masterkeys
 from worker.errors import Refused
 from worker.keyring import MasterKey
 
@@ -374,7 +374,7 @@ def test_a_key_that_lies_under_two_seals_is_not_lost_with_one(
     assert vault.deployment.json(*words)["kept"]
     found = {vault.now.fingerprint: vault.now}
     with vault.deployment.operations.transaction(read_only=True) as connection:
-        masterkeys.unseal(connection, found)
+        keychain.unseal(connection, found)
     assert list(found.values()) == [vault.now, keys[0]]
     assert vault.deployment.json("keys", "retire", keys[0].fingerprint, "--inline", "--yes")["kept"]
 

@@ -13,7 +13,7 @@ from tests.faults.doomed import AFTER, BEFORE, COMMITTED, UNCOMMITTED, Step
 from tests.faults.evidence import check_anchored
 from tests.rotation import steps
 from tests.rotation.vault import Vault
-from worker import audit, masterkeys
+from worker import audit, keychain, masterkeys
 from worker.keyring import MasterKey
 from worker.masterkeys import Rotation
 from worker.retirement import Retiring
@@ -68,7 +68,7 @@ def _check_under_seal(vault: Vault, run: UUID, *keys: MasterKey) -> None:
     found = {vault.now.fingerprint: vault.now}
     with vault.deployment.operations.transaction(read_only=True) as connection:
         assert len(masterkeys.under_seal(connection)) == len(keys)
-        masterkeys.unseal(connection, found)
+        keychain.unseal(connection, found)
     assert list(found.values()) == [vault.now, *keys]
     assert not any("retired" in one["evidence"] for one in _receipts(vault, run))
 

@@ -1,0 +1,65 @@
+"""Whether the archive of a run is what was signed: from signature to manifest, and from that to each object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from worker import archive, audit
+from worker.errors import ArchiveTampered, Refused
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import sqlalchemy as sa
+
+    from worker.archive import ArchivedObject
+    from worker.audit import Receipt
+    from worker.config import Settings
+    from worker.ledger import Run
+    from worker.storage import Store
+
+
+def require(
+    connection: sa.Connection, settings: Settings, store: Store, run: Run, objects: Sequence[ArchivedObject]
+) -> None:
+    """The newest receipt that names a manifest vouches for it by its digest, and that for the objects.
+
+    Refused when none does: who can change an object can change what the ledger says of it as well. ArchiveTampered
+    when a receipt, the manifest or an object is not what was written. The objects' bytes are not looked at.
+    """
+    signed = (_said(receipt, run, settings.signing_key_file) for receipt in _receipts(connection, run))
+    named = next((one for one in signed if "manifest" in one), None)
+    if named is None:
+        raise Refused(
+            f"no receipt of run {run.id} names the manifest of its archive, so nothing vouches for that; "
+            "`runs resume` has one written, also when the run is stopped again"
+        )
+    body = archive.read_manifest(store, named["manifest"], named["sha256"])
+    known = {one["key"]: (one["sha256"], one["rows"]) for one in json.loads(body)["objects"]}
+    for one in objects:
+        if known.get(one.key) != (one.sha256, one.rows):
+            raise ArchiveTampered(f"archive object {one.key} is not the one that the manifest names")
+
+
+def _receipts(connection: sa.Connection, run: Run) -> list[Receipt]:
+    """What was signed of the run, the newest first. ArchiveTampered when that is not of how it ended."""
+    found = audit.recent(connection, run=run.id)
+    if not found or not audit.tells_end(found[0].body, run.state, run.settled_at):
+        raise ArchiveTampered(f"run {run.id} has no receipt of how it ended; see `receipts verify`")
+    return found
+
+
+def _said(receipt: Receipt, run: Run, key: Path | None) -> Mapping[str, Any]:
+    """What a receipt says of the archive. ArchiveTampered when it was changed, or signed by a stranger."""
+    # Whoever only plans need not have the key; a run is refused without.
+    keys = audit.by_fingerprint(audit.Signer.load(key).trusted) if key else {}
+    if flaws := audit.flaws_of(receipt, None, keys, strangers=key is None):
+        hint = "; if it is of an earlier key of yours, put its public key into the file of the new"
+        raise ArchiveTampered(
+            f"receipt {receipt.seq} of run {run.id} does not prove the archive: {flaws[0]}"
+            + ("" if receipt.signer in keys else hint)
+        )
+    said: Mapping[str, Any] = receipt.to_json()["evidence"].get("archive", {})
+    return said
