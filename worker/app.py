@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 from uuid import UUID
 
 from celery import Celery, signals
-from kombu.exceptions import OperationalError
 
-from worker import backlog, liveness, logs, standing, timetable
-from worker.errors import DatabaseGone, Refused, Transient, UnderWay, WorkerError
+from worker import backlog, brokers, liveness, logs, standing, timetable
+from worker.errors import DatabaseGone, Transient, UnderWay, WorkerError
 from worker.logs import log
 from worker.operations import Operations
 from worker.runner import Outcome, Runner
@@ -203,18 +202,6 @@ def send_work(app: Celery, run: UUID, *, after: float = 0) -> None:
     app.send_task(_WORK, (str(run),), countdown=after or None, priority=_LAST)
 
 
-def require_broker(app: Celery) -> None:
-    """Refused when the broker does not answer, so that nothing is entered that no worker would hear of."""
-    try:
-        with app.connection_for_write(connect_timeout=3) as connection:
-            connection.ensure_connection(max_retries=1, timeout=3)
-    except (OSError, OperationalError) as error:
-        raise Refused(
-            "PAPERCLIP_WORKER_BROKER_URL: the broker does not answer, or refuses the login; "
-            "start it, or run jobs with --inline"
-        ) from error
-
-
 def _configuration(settings: Settings, times: Timetable) -> dict[str, Any]:
     transport = {
         # Longer than any slice with its last bite, so that a message is not handed out twice while in work.
@@ -273,13 +260,16 @@ def beat_schedule(settings: Settings, times: Timetable) -> dict[str, Any]:
     return entries
 
 
-def begin(settings: Settings) -> tuple[Operations, Timetable]:
-    """What a service begins with. Refused where a key, database, ledger or bucket would fail every message."""
+def begin(settings: Settings) -> tuple[Operations, Timetable, UUID]:
+    """What a service begins with, and its ledger's id.
+
+    Refused where a key, database, ledger or bucket would fail every message.
+    """
     speak()
     operations = Operations(settings)
     try:
         operations.check_ready()
-        return operations, timetable.of(operations)
+        return operations, timetable.of(operations), operations.ledger_id
     finally:
         # A worker's pool forks: a connection made here must not be shared with its children.
         operations.close()
@@ -290,8 +280,13 @@ def run_worker(settings: Settings, *, concurrency: int) -> int:
 
     Returns the exit status that Celery has for its end.
     """
-    operations, times = begin(settings)
+    operations, times, own = begin(settings)
     app = make(settings, times)
+    try:
+        brokers.require_own(app, own)
+    except brokers.Silent as silent:
+        # Celery goes on looking for it.
+        log.warning("the worker waits for its broker", why=str(silent))
     if settings.metrics_port is not None:
         from worker import metrics  # noqa: PLC0415 - only where a port is configured
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,15 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from worker import canonical
+from worker import canonical, ledger
 from worker.errors import Refused, SettingsError
-from worker.ledger import SCHEMA
 from worker.logs import log
 
 GENESIS = "0" * 64
 _SIGNATURE = re.compile("[0-9a-f]{128}")
 _PUBLIC = re.compile(b"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
 
-_meta = sa.MetaData(schema=SCHEMA)
+_meta = sa.MetaData(schema=ledger.SCHEMA)
 RECEIPTS = sa.Table(
     "receipts",
     _meta,
@@ -81,6 +80,16 @@ class Flaw:
 
     def to_json(self) -> dict[str, Any]:
         return {"seq": self.seq, "what": self.what}
+
+
+@dataclass(kw_only=True)
+class Chain:
+    """What receipts in their order amount to: how many, the last (seq, hash), of which ledger, what is wrong."""
+
+    receipts: int = 0
+    head: tuple[int, str] = (0, GENESIS)
+    ledger: str | None = None
+    flaws: list[Flaw] = field(default_factory=list)
 
 
 class Signer:
@@ -178,9 +187,8 @@ def append(connection: sa.Connection, signer: Signer, run: UUID, facts: Mapping[
     number stays missing, which `verify` tells. The run must end all the same: it keeps others from its table.
     """
     seq, previous = _end(connection, signer)
-    body = canonical.encode(
-        {"v": 1, "seq": seq + 1, "prev": previous, "run": str(run), "signer": signer.fingerprint, **facts}
-    ).decode()
+    place = {"v": 1, "ledger": str(ledger.identity(connection)), "seq": seq + 1, "prev": previous}
+    body = canonical.encode({**place, "run": str(run), "signer": signer.fingerprint, **facts}).decode()
     digest = hashlib.sha256(body.encode()).hexdigest()
     values = {
         "seq": seq + 1,
@@ -246,29 +254,50 @@ def tells_end(body: str, state: str, settled_at: datetime | None) -> bool:
         return False
 
 
-def verify_chain(
-    receipts: Iterable[Receipt], trusted: Sequence[Ed25519PublicKey]
-) -> tuple[int, tuple[int, str], list[Flaw]]:
-    """Count, last (seq, hash) and flaws of receipts in order of seq. Needs no database."""
+def verify_chain(receipts: Iterable[Receipt], trusted: Sequence[Ed25519PublicKey], *, of: str | None = None) -> Chain:
+    """Judge receipts in order of seq, all `of` one ledger: of the first that any names, where None is given.
+
+    Needs no database.
+    """
     keys = by_fingerprint(trusted)
-    flaws: list[Flaw] = []
-    count, last = 0, (0, GENESIS)
+    found = Chain(ledger=of)
+    named = False
     for receipt in receipts:
-        count += 1
-        if receipt.seq != last[0] + 1:
-            flaws.append(Flaw(seq=receipt.seq, what=f"receipt {last[0] + 1} is missing"))
-        before = last[1] if receipt.seq == last[0] + 1 else None
-        flaws += [Flaw(seq=receipt.seq, what=what) for what in flaws_of(receipt, before, keys)]
-        last = (receipt.seq, receipt.hash)
-    return count, last, flaws
+        found.receipts += 1
+        if receipt.seq != found.head[0] + 1:
+            found.flaws.append(Flaw(seq=receipt.seq, what=f"receipt {found.head[0] + 1} is missing"))
+        before = found.head[1] if receipt.seq == found.head[0] + 1 else None
+        found.flaws += [Flaw(seq=receipt.seq, what=what) for what in flaws_of(receipt, before, keys, of=found.ledger)]
+        said = _ledger_of(receipt)
+        if named and said is None:
+            found.flaws.append(Flaw(seq=receipt.seq, what="it names no ledger, and earlier ones do"))
+        named = named or said is not None
+        found.ledger = found.ledger or said
+        found.head = (receipt.seq, receipt.hash)
+    return found
+
+
+def _ledger_of(receipt: Receipt) -> str | None:
+    """The ledger that a receipt says it is of; releases before 0.7.0 did not say."""
+    try:
+        said = json.loads(receipt.body)["ledger"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return said if isinstance(said, str) else None
 
 
 def flaws_of(
-    receipt: Receipt, before: str | None, keys: Mapping[str, Ed25519PublicKey], *, strangers: bool = False
+    receipt: Receipt,
+    before: str | None,
+    keys: Mapping[str, Ed25519PublicKey],
+    *,
+    of: str | None = None,
+    strangers: bool = False,
 ) -> list[str]:
     """What is wrong with a receipt, given the hash of the one before it (None: not known) and keys by fingerprint.
 
-    With `strangers` a key that is not among them is no flaw: what it signed cannot be judged by its signature.
+    Where it says of which ledger it is, that must be the one given. With `strangers` a key that is not among them is
+    no flaw: what it signed cannot be judged by its signature.
     """
     found = []
     if hashlib.sha256(receipt.body.encode()).hexdigest() != receipt.hash:
@@ -281,6 +310,8 @@ def flaws_of(
         return [*found, "the body is not a JSON object"]
     if body.get("seq") != receipt.seq or body.get("run") != str(receipt.run_id):
         found.append("the body belongs to another place in the chain")
+    if of is not None and body.get("ledger", of) != of:
+        found.append("it is of another ledger: another deployment's")
     if before is not None and body.get("prev") != before:
         found.append("it does not follow the receipt before it")
     if receipt.signer in keys or not strangers:

@@ -14,7 +14,7 @@ from redbeat.schedulers import RedBeatScheduler, get_redis  # type: ignore[impor
 from redis.exceptions import LockError, RedisError
 from redis.lock import Lock
 
-from worker import app, standing
+from worker import app, brokers, standing
 from worker.errors import WorkerError
 from worker.liveness import BEAT_PREFIX
 from worker.logs import log
@@ -127,10 +127,10 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
 
 
 def run(settings: Settings) -> None:
-    """Run beat in this process until it is told to stop. Refused when the broker does not answer."""
-    operations, times = app.begin(settings)
+    """Run beat in this process until it is told to stop. Refused when the broker does not answer, or is another's."""
+    operations, times, own = app.begin(settings)
     celery = app.make(settings, times)
-    app.require_broker(celery)
+    brokers.require_own(celery, own)
     scheduler: Any = partial(Scheduler, times=times, note=partial(_note, operations, times))
     celery.Beat(loglevel="INFO", scheduler_cls=scheduler).run()
 

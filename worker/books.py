@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from worker import audit
+from worker import audit, ledger
 from worker.anchors import KEY
 from worker.audit import ANCHORS, CHAIN, RECEIPTS, Flaw, Receipt
 from worker.ledger import RUNS
@@ -28,14 +28,16 @@ def verify(connection: sa.Connection, trusted: Sequence[Ed25519PublicKey]) -> tu
     receipt of every settled run says how and when it ended, and that every anchor has its receipt.
     """
     rows = connection.execution_options(stream_results=True).execute(sa.select(RECEIPTS).order_by(RECEIPTS.c.seq))
-    count, last, flaws = audit.verify_chain((Receipt(**row._asdict()) for row in rows), trusted)
+    own = str(ledger.identity(connection))
+    chain = audit.verify_chain((Receipt(**row._asdict()) for row in rows), trusted, of=own)
+    last, flaws = chain.head, chain.flaws
     head = connection.execute(sa.select(CHAIN.c.seq, CHAIN.c.hash)).one_or_none()
     if head is None or head.seq != last[0]:
         flaws.append(Flaw(seq=last[0], what="the chain does not end where its head says"))
     elif head.hash != last[1]:
         flaws.append(Flaw(seq=last[0], what="the last receipt is not the one the head names"))
     flaws += [*_runs(connection, last[0]), *_anchors(connection), *_times(connection)]
-    return count, flaws
+    return chain.receipts, flaws
 
 
 def _runs(connection: sa.Connection, last: int) -> Iterator[Flaw]:

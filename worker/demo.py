@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from tasks.prune_logs import PruneLogs
-from worker import app, archive, audit, books, config, ledger, ledger_shards
+from worker import app, archive, audit, books, brokers, config, ledger, ledger_shards
 from worker.errors import WorkerError
 from worker.layouts import demo_schema
 from worker.operations import Operations
@@ -72,7 +72,7 @@ class Demo:
     def run(self, follow: Callable[[Operations, UUID], Any]) -> dict[str, Any]:
         """Start the job as an operator would, follow it, and say what it did."""
         celery = app.make(self.operations.settings)
-        app.require_broker(celery)
+        brokers.require_own(celery, self.operations.ledger_id)
         run = self.operations.start(self.job, actor="demo", via="demo", reason="a demonstration")
         app.send_work(celery, run)
         follow(self.operations, run)

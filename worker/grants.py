@@ -23,7 +23,7 @@ _COUNTED = ("chain",)
 _KEYS = ("rotations", "master_keys")
 # Ciphertext made ready for a cut-over, and forgotten after it.
 _PASSING = "resealed"
-_VERSION = "alembic_version"
+_READ = ("alembic_version", "identity")
 # Role names that mean something else to GRANT: `public` is everybody, with quotes as well.
 _NO_ROLES = ("public", "none")
 
@@ -35,12 +35,12 @@ def statements(layout: Layout, role: str, jobs: Sequence[type[Job]]) -> Iterator
     to = _quote(role)
     keys = any(job.reads_everything for job in jobs)
     yield f"GRANT USAGE ON SCHEMA public, {SCHEMA} TO {to}"
-    yield f"GRANT SELECT ON {_ledger(*_APPENDED, *_ENTERED, *_COUNTED, *_KEYS, _VERSION)} TO {to}"
+    yield f"GRANT SELECT ON {_ledger(*_APPENDED, *_ENTERED, *_COUNTED, *_KEYS, *_READ)} TO {to}"
     yield f"GRANT INSERT ON {_ledger(*_APPENDED, *_ENTERED)} TO {to}"
     yield f"GRANT UPDATE ON {_ledger(*_ENTERED, *_COUNTED)} TO {to}"
     # Grants of earlier releases gave more.
-    yield f"REVOKE UPDATE ON {_ledger(*_APPENDED, _VERSION)} FROM {to}"
-    yield f"REVOKE INSERT ON {_ledger(*_COUNTED, _VERSION)} FROM {to}"
+    yield f"REVOKE UPDATE ON {_ledger(*_APPENDED, *_READ)} FROM {to}"
+    yield f"REVOKE INSERT ON {_ledger(*_COUNTED, *_READ)} FROM {to}"
     # Until when an object is locked, as the store says; another bucket says otherwise.
     yield f"GRANT UPDATE (locked_until) ON {_ledger('anchors')} TO {to}"
     if keys:

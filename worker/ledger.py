@@ -16,14 +16,14 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 
 from worker.errors import Refused, UnderWay
-from worker.ledger_schema import OBJECTS, RUNS, SCHEMA, SHARDS, VERSION, init, require
+from worker.ledger_schema import OBJECTS, RUNS, SCHEMA, SHARDS, VERSION, identity, init, require
 from worker.states import ACTIVE, STEPS, State
 
 if TYPE_CHECKING:
     from worker.plans import Plan
 
 # The one door to the ledger for everybody else, its schema included.
-__all__ = ["OBJECTS", "RUNS", "SCHEMA", "SHARDS", "VERSION", "init", "require"]
+__all__ = ["OBJECTS", "RUNS", "SCHEMA", "SHARDS", "VERSION", "identity", "init", "require"]
 
 
 @dataclass(frozen=True, kw_only=True)

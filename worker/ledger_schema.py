@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
@@ -11,7 +12,7 @@ from worker import db
 from worker.errors import LedgerMissing
 
 SCHEMA = "paperclip_worker"
-VERSION = "0005"
+VERSION = "0006"
 
 _meta = sa.MetaData(schema=SCHEMA)
 
@@ -60,6 +61,9 @@ OBJECTS = sa.Table(
 )
 
 
+_IDENTITY = sa.Table("identity", _meta, _c("id", sa.Uuid))
+
+
 def init(engine: sa.Engine) -> None:
     """Create the ledger or bring it to this release's version. Safe to repeat; one at a time."""
     from alembic import command  # noqa: PLC0415 - nothing else of this module needs alembic
@@ -86,6 +90,19 @@ def require(connection: sa.Connection) -> None:
         raise LedgerMissing("the ledger is of an older release; run `paperclip-worker db init`")
     if version > VERSION:
         raise LedgerMissing("the ledger is of a newer release; upgrade this paperclip-worker")
+    # A run that could not name it in its receipt could not end.
+    identity(connection)
+
+
+def identity(connection: sa.Connection) -> UUID:
+    """Which ledger this is: made with it, and the same in every copy of the database.
+
+    Raises LedgerMissing when it was removed.
+    """
+    found: UUID | None = connection.scalar(sa.select(_IDENTITY.c.id))
+    if found is None:
+        raise LedgerMissing(f"the ledger has lost its id: {SCHEMA}.identity is empty; restore it from a backup")
+    return found
 
 
 def _version(connection: sa.Connection) -> str | None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from worker import archive, audit
+from worker import archive, audit, ledger
 from worker.errors import ArchiveTampered, Refused
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def require(
     Refused when none does: who can change an object can change what the ledger says of it as well. ArchiveTampered
     when a receipt, the manifest or an object is not what was written. The objects' bytes are not looked at.
     """
-    signed = (_said(receipt, run, settings.signing_key_file) for receipt in _receipts(connection, run))
+    own = str(ledger.identity(connection))
+    signed = (_said(receipt, run, own, settings.signing_key_file) for receipt in _receipts(connection, run))
     named = next((one for one in signed if "manifest" in one), None)
     if named is None:
         raise Refused(
@@ -51,11 +52,11 @@ def _receipts(connection: sa.Connection, run: Run) -> list[Receipt]:
     return found
 
 
-def _said(receipt: Receipt, run: Run, key: Path | None) -> Mapping[str, Any]:
+def _said(receipt: Receipt, run: Run, own: str, key: Path | None) -> Mapping[str, Any]:
     """What a receipt says of the archive. ArchiveTampered when it was changed, or signed by a stranger."""
     # Whoever only plans need not have the key; a run is refused without.
     keys = audit.by_fingerprint(audit.Signer.load(key).trusted) if key else {}
-    if flaws := audit.flaws_of(receipt, None, keys, strangers=key is None):
+    if flaws := audit.flaws_of(receipt, None, keys, of=own, strangers=key is None):
         hint = "; if it is of an earlier key of yours, put its public key into the file of the new"
         raise ArchiveTampered(
             f"receipt {receipt.seq} of run {run.id} does not prove the archive: {flaws[0]}"

@@ -39,11 +39,12 @@ _HEAD = re.compile(r"receipts/heads/([0-9]{12})\.json")
 
 @dataclass(kw_only=True)
 class Testimony:
-    """What the bucket says: how many receipts and heads it has, the end of the chain, retention, flaws."""
+    """What the bucket says: its receipts and heads, the end of the chain, of which ledger, retention, flaws."""
 
     receipts: int = 0
     heads: int = 0
     head: tuple[int, str] = (0, audit.GENESIS)
+    ledger: str | None = None
     unlocked: int = 0
     locked_until: datetime | None = None
     flaws: list[Flaw] = field(default_factory=list)
@@ -58,6 +59,7 @@ class Testimony:
             "receipts": self.receipts,
             "heads": self.heads,
             "head": {"seq": self.head[0], "hash": self.head[1]},
+            "ledger": self.ledger,
             "locked": self.locked,
             "locked_until": self.locked_until.isoformat() if self.locked_until and self.locked else None,
         }
@@ -279,8 +281,14 @@ class Comparison:
                 self._flaw(seq, f"the database lacks receipt {seq}, which the bucket has")
 
 
-def verify(store: S3Store, trusted: Sequence[Ed25519PublicKey], *, beside: Comparison | None = None) -> Testimony:
-    """Judge the chain in the bucket, and hold it beside the database's where that is given.
+def verify(
+    store: S3Store,
+    trusted: Sequence[Ed25519PublicKey],
+    *,
+    of: str | None = None,
+    beside: Comparison | None = None,
+) -> Testimony:
+    """Judge the chain in the bucket, as `of` this ledger, and hold it beside the database's, where these are given.
 
     No receipt at all is a flaw unless the database has none either: found nothing is suspicious.
     """
@@ -288,8 +296,9 @@ def verify(store: S3Store, trusted: Sequence[Ed25519PublicKey], *, beside: Compa
     with ThreadPoolExecutor(_READERS) as pool:
         receipts = _Reader(store, trusted, found).receipts(pool)
         chain = beside.through(receipts) if beside else receipts
-        found.receipts, found.head, flaws = audit.verify_chain(chain, trusted)
-    found.flaws += flaws
+        judged = audit.verify_chain(chain, trusted, of=of)
+    found.receipts, found.head, found.ledger = judged.receipts, judged.head, judged.ledger
+    found.flaws += judged.flaws
     if not found.receipts and not found.flaws and not (beside and beside.empty):
         found.flaws.append(Flaw(seq=0, what="there is no receipt: another prefix, or all of them are gone"))
     found.flaws.sort(key=lambda flaw: flaw.seq)

@@ -35,7 +35,7 @@ from tests.cli.helpers import (
     world,
 )
 from tests.conftest import ROOT, Deployment
-from worker import audit, canonical, config, params, registry, standing, timetable
+from worker import app, audit, brokers, canonical, config, params, registry, standing, timetable
 from worker.layouts import LAYOUTS
 from worker.operations import Operations
 
@@ -145,6 +145,7 @@ def test_through_a_worker_process(released: Deployment) -> None:
         "intact": True,
         "flaws": [],
         "not_anchored": 0,
+        "ledger": str(released.operations.ledger_id),
     }
 
 
@@ -214,12 +215,20 @@ def test_a_detached_run_is_listed_stopped_and_resumed(released: Deployment) -> N
 def test_a_run_whose_message_the_broker_does_not_take_is_named(released: Deployment) -> None:
     """It is entered, and will be carried out: whoever asked for it must hear of it."""
     says = r"run \S+ is entered, but the broker took no message of it \(is it full\?\)"
+    brokers.require_own(app.make(released.operations.settings), released.operations.ledger_id)
     with full_broker(released):
         for words in ((*PRUNE, "--yes", "--detach"), ("runs", "resume", "last", "--detach")):
             line = check_refusal(released.cli(*words, ok=False), says=says, status=1)
             ((run, state),) = released.query("SELECT id::text, state FROM paperclip_worker.runs")
             assert (line.count(run), state) == (2, "queued")
         assert released.json("runs", "stop", run) == {"run": run, "state": "stopped"}
+
+
+def test_a_broker_that_takes_nothing_at_all(released: Deployment) -> None:
+    """As long as nobody has claimed it, a full one is found before there is a run."""
+    with full_broker(released):
+        check_refusal(released.cli(*PRUNE, "--yes", ok=False), says="broker takes no message; is it full", status=2)
+    assert released.query("SELECT count(*) FROM paperclip_worker.runs") == [(0,)]
 
 
 def test_a_run_stopped_midway_resumes_to_the_exact_totals(released: Deployment) -> None:

@@ -53,18 +53,18 @@ def operations(*needs: Need) -> Operations:
 
 
 def broker(deployment: Operations) -> Callable[[UUID], None]:
-    """How a run reaches the workers. Refused, before any run exists, when the broker cannot be reached.
+    """How a run reaches the workers. Refused, before any run exists, when the broker cannot be used.
 
     The function returned raises WorkerError, which says what becomes of the run, when the broker takes no message.
     """
     from kombu.exceptions import OperationalError
     from redis.exceptions import RedisError
 
-    from worker import app
+    from worker import app, brokers
 
     celery = app.make(deployment.settings)
     click.get_current_context().call_on_close(celery.close)
-    app.require_broker(celery)
+    brokers.require_own(celery, deployment.ledger_id)
 
     def send(run: UUID) -> None:
         try:

@@ -13,6 +13,8 @@ from worker.commands import common
 from worker.errors import Exit, Refused
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     from worker.anchors import Anchor
@@ -114,18 +116,23 @@ def anchor(every: bool, as_json: bool) -> None:
     help="A public key (PEM) to trust instead of those in the configured signing key's file; repeatable.",
 )
 @click.option("--from-s3", is_flag=True, help="Verify what is in the bucket. Needs no database.")
+@click.option(
+    "--ledger", "of", type=click.UUID, help="The id that `db init` printed: demand receipts of this ledger."
+)
 @click.option("--anchors", "both", is_flag=True, help="Verify database and bucket, and that they agree.")
 @common.json_option
-def verify(public_key: tuple[Path, ...], from_s3: bool, both: bool, as_json: bool) -> int:
+def verify(public_key: tuple[Path, ...], from_s3: bool, of: UUID | None, both: bool, as_json: bool) -> int:
     """Check the whole chain: changed, missing, reordered and forged receipts. Exit status 1 when it is broken."""
     from worker.config import Need
 
     if from_s3 and both:
         raise Refused("--from-s3 and --anchors cannot be combined; --anchors reads the bucket too")
+    if of and not from_s3:
+        raise Refused("--ledger goes with --from-s3; a database knows its own")
     needs = [*([] if public_key else [Need.SIGNING]), *([Need.STORAGE] if from_s3 or both else [])]
     settings = common.settings(*needs, *([] if from_s3 else [Need.DATABASE]))
     trusted = _trusted(public_key, settings)
-    facts, flaws, text = _from_s3(settings, trusted) if from_s3 else _from_database(trusted, both=both)
+    facts, flaws, text = _from_s3(settings, trusted, of) if from_s3 else _from_database(trusted, both=both)
     if as_json:
         head = {"receipts": facts.pop("receipts"), "intact": not flaws, "flaws": [one.to_json() for one in flaws]}
         common.print_json(head | facts)
@@ -146,18 +153,21 @@ def _trusted(public_key: tuple[Path, ...], settings: Settings) -> Sequence[Ed255
     return audit.Signer.load(settings.signing_key_file).trusted
 
 
-def _from_s3(settings: Settings, trusted: Sequence[Ed25519PublicKey]) -> tuple[dict[str, Any], list[Flaw], str]:
+def _from_s3(
+    settings: Settings, trusted: Sequence[Ed25519PublicKey], of: UUID | None
+) -> tuple[dict[str, Any], list[Flaw], str]:
     from worker import anchors, witness
     from worker.storage import S3Store
 
     store = S3Store(settings)
-    found = witness.verify(store, trusted)
+    found = witness.verify(store, trusted, of=str(of) if of else None)
     facts = found.to_json() | {"location": store.location + anchors.PREFIX}
     lock = f"locked until {found.locked_until.isoformat()}" if found.locked and found.locked_until else "not locked"
     return (
         facts,
         found.flaws,
-        f"{found.receipts} receipts, chain intact, {lock}; head {found.head[0]} {found.head[1]}",
+        f"{found.receipts} receipts, chain intact, {lock}; head {found.head[0]} {found.head[1]}"
+        + (f"; ledger {found.ledger}" if found.ledger else ""),
     )
 
 
@@ -170,10 +180,11 @@ def _from_database(trusted: Sequence[Ed25519PublicKey], *, both: bool) -> tuple[
     with deployment.transaction(scan=True, read_only=True) as connection:
         ledger.require(connection)
         facts["not_anchored"] = anchors.pending(connection)
+        facts["ledger"] = str(ledger.identity(connection))
         count, flaws = books.verify(connection, trusted)
         if both and deployment.store is not None:
             comparison = witness.Comparison(anchors.books(connection))
-            found = witness.verify(deployment.store, trusted, beside=comparison)
+            found = witness.verify(deployment.store, trusted, of=facts["ledger"], beside=comparison)
     if both:
         with deployment.transaction(read_only=True) as connection:
             comparison.catch_up(anchors.hashes(connection, comparison.beyond))

@@ -1,0 +1,25 @@
+"""Which ledger this is, for what leaves the database: receipts, and the claim on a broker."""
+
+from alembic import op
+
+revision = "0006"
+down_revision = "0005"
+
+_STATEMENTS = (
+    """
+    CREATE TABLE paperclip_worker.identity (
+        one boolean PRIMARY KEY DEFAULT true CHECK (one),
+        id uuid NOT NULL DEFAULT gen_random_uuid()
+    )
+    """,
+    "INSERT INTO paperclip_worker.identity DEFAULT VALUES",
+)
+
+
+def upgrade() -> None:
+    for statement in _STATEMENTS:
+        op.execute(statement)
+
+
+def downgrade() -> None:
+    raise RuntimeError("the ledger only goes forward: receipts are evidence")
