@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 
 from tests.rotation import steps
+from tests.rotation.test_faults import crash, mortal, mortal_vault  # noqa: F401
+from tests.rotation.test_manual import _begin, _journal, _permit, _work, _work_until_it_waits, by_hand  # noqa: F401
+from tests.rotation.test_writers import begin, finish, once
 from tests.rotation.vault import Vault
-from worker import keyfile, keyring, masterkeys
+from worker import embedded, keyfile, keyring, masterkeys
+from worker.rotation import Rotating
+from worker.runner import Outcome
 
 pytestmark = pytest.mark.faults
 
@@ -31,3 +37,24 @@ def test_a_key_that_is_in_the_key_file_alone_is_kept_when_the_old_one_is_put_bac
     assert steps.work(vault, run)["kept"] is True
     assert vault.now == new
     assert vault.opened(new) == vault.held
+
+
+@pytest.mark.long
+def test_the_seal_of_the_old_key_is_on_the_disk_before_the_key_file_has_another(
+    mortal_vault: Vault,  # noqa: F811
+    mortal: embedded.Embedded,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where commits need not wait for the disk, a crash would take the seal, and with it all secrets."""
+    vault = mortal_vault
+    url = vault.deployment.environment["DATABASE_URL"]
+    with psycopg.connect(url, autocommit=True) as admin:
+        admin.execute(f"ALTER DATABASE {url.rpartition('/')[2]} SET synchronous_commit = off".encode())
+        for one in ("wal_writer_delay = '10s'", "wal_writer_flush_after = '1GB'"):
+            admin.execute(f"ALTER SYSTEM SET {one}".encode())
+        admin.execute("SELECT pg_reload_conf()")
+    vault.deployment.operations.engine.dispose()
+    done = once(monkeypatch, Rotating, "sweep", crash(mortal))
+    run = begin(vault)
+    finish(vault, run)
+    assert done
