@@ -42,7 +42,8 @@ class Sweeping:
         """Make ready what came with the old key after all."""
         journal, ready, fresh = self._journal, 0, list[str]()
         forgotten = not readiness.kept(self._connection, self._run)
-        lost = not readiness.stands(self._connection, self._layout, self._run)
+        forgotten = forgotten or masterkeys.ahead(self._connection, journal.horizon)
+        lost = forgotten or not readiness.stands(self._connection, self._layout, self._run)
         if forgotten:
             # Which envelopes were ours nobody knows: only one that comes from here on can prove anything.
             masterkeys.look_from_here(self._connection, self._run)

@@ -58,3 +58,26 @@ def test_the_seal_of_the_old_key_is_on_the_disk_before_the_key_file_has_another(
     run = begin(vault)
     finish(vault, run)
     assert done
+
+
+@pytest.mark.long
+def test_a_run_whose_database_was_dumped_and_restored_goes_on(by_hand: Vault) -> None:  # noqa: F811
+    """Into a server that has had fewer transactions: none of its rows is younger than what was looked at before."""
+    vault = by_hand
+    run, key = _begin(vault)
+    _work_until_it_waits(vault, run, "keys switch")
+    _permit(vault, run)
+    _work_until_it_waits(vault, run, "start the servers")
+    horizon = "UPDATE paperclip_worker.rotations SET horizon = '1000000000', cut_over_by = '1000000001'"
+    vault.deployment.query(horizon)
+    with psycopg.connect(vault.deployment.environment["DATABASE_URL"], autocommit=True) as admin:
+        for table in {table for table, _ in vault.held}:
+            admin.execute(f"VACUUM FULL {table}".encode())
+    assert _work(vault, run, 1.5) is Outcome.MORE
+    with vault.connect() as connection:
+        vault.add_version(connection, "straggler")
+        vault.add_version(connection, "proof", key=key)
+    assert _work(vault, run, 10) is Outcome.SETTLED
+    assert vault.deployment.operations.result(run)["kept"] is True
+    assert _journal(vault, run, "proved_at") is not None
+    assert vault.opened(key) == vault.held
