@@ -62,7 +62,9 @@ def _write(connection: sa.Connection, run: UUID, value: dict[str, Any]) -> None:
 
 
 def _marked(connection: sa.Connection, run: UUID) -> dict[str, Any] | None:
-    return connection.scalar(sa.select(RESEALED.c.value).where(_mark_of(run)))
+    # What a release before 0.6 wrote has no columns in it: nor did that note what was so before.
+    value = RESEALED.c.value
+    return connection.scalar(sa.select(value).where(_mark_of(run), value.has_key("columns")))
 
 
 def _mark_of(run: UUID) -> sa.ColumnElement[bool]:
