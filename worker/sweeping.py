@@ -49,8 +49,7 @@ class Sweeping:
             masterkeys.look_from_here(self._connection, self._run)
         if lost:
             readiness.mark_again(self._connection, self._layout, self._run)
-        if everything or lost:
-            cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
+        cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
         where = sa.true() if everything or lost else since(journal.horizon, but=journal.cut_over_by)
         for _, aside in asides(self._connection, self._layout, self._run):
             taken = aside.take(where, self._resealer, noting=forgotten)
