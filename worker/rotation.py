@@ -331,7 +331,11 @@ class Rotating:
         return masterkeys.evidence(self.journal)
 
     def finish(self, retire_after: timedelta) -> dict[str, Any]:
-        """Remove what was staged, forget what was made ready, and say until when the old key is kept."""
+        """Remove what was staged, forget what was made ready, and say until when the old key is kept.
+
+        Refused when the verdict is not so any more.
+        """
+        self._proving.require_still()
         path, journal = self.keys.source.path, self._journal
         after = masterkeys.close(self._connection, journal, retire_after)
         self._connection.execute(sa.delete(RESEALED))
