@@ -21,8 +21,8 @@ _WINDOW_BYTES = 12 << 20
 _WINDOW_BLOCKS = 1_024
 _PART_BYTES = 4 << 20
 _STEP = 4
-# Of these kinds of types some have no hash (json, xml, tsvector, point, bit, what is made of them), and one of another
-# kind has none; so they are hashed as text.
+# Of these kinds of types some have no hash (json, xml, tsvector, point, bit, what is made of them), and one of
+# another kind has none; so they are hashed as text.
 _MAYBE_HASHLESS = frozenset("UGAVCR")
 _HASHED = frozenset({"uuid", "jsonb", "bytea", "_text", "_uuid"})
 _HASHLESS = frozenset({"money"})
