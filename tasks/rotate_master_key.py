@@ -98,6 +98,10 @@ class RotateMasterKey(Job):
     def file(self) -> bool:
         return self.cutover == "file"
 
+    def may_rest(self, stage: int) -> bool:
+        # What is still under the old key nobody can read, and little is written.
+        return stage < _SWEEP
+
     def needs(self, layout: Layout) -> Iterable[sa.Table]:
         for carrier in layout.carriers:
             yield from carrier.reads
