@@ -80,7 +80,8 @@ class Proving:
     def _start(self, part: int) -> dict[str, Any]:
         # What is written by transactions that are not over now is for the judge, whether the bites see it or not.
         horizon = self._connection.scalar(sa.select(sa.cast(masterkeys.HORIZON, sa.Text)))
-        return {"horizon": horizon, "carrier": 0, "range": part, "found": Counted().to_json()}
+        files = readiness.files(self._connection, self._layout)
+        return {"horizon": horizon, "files": files, "carrier": 0, "range": part, "found": Counted().to_json()}
 
     def _altered(self) -> dict[str, int]:
         by, run = self._journal.cut_over_by, self._journal.run_id
@@ -126,13 +127,15 @@ class Proving:
     def _found(self) -> tuple[Counted | None, dict[str, int]]:
         """What the bites found and what was written since, where they saw every row; and what was altered."""
         counted, altered, horizons = Counted(), dict[str, int](), list[int]()
+        moved, files = False, readiness.files(self._connection, self._layout)
         for _, cursor in ledger_shards.cursors(self._connection, self._journal.run_id, f"{KEY}:"):
             altered |= cursor.get("altered", {})
             if "found" in cursor:
                 counted.add_json(cursor["found"])
                 horizons.append(int(cursor["horizon"]))
+                moved = moved or cursor.get("files") != files
         # Rows that were moved may have slipped from a range before its turn to one after it.
-        if not horizons or not readiness.stands(self._connection, self._layout, self._journal.run_id):
+        if not horizons or moved:
             return None, altered
         for carrier, ciphertext in carried(self._connection, self._layout):
             for part in ciphertext.rows(since(str(min(horizons))), company=True):
