@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _LONGEST = timedelta(days=3650)
 # Discovery and making ready go on side by side, and the proof beside the sweep, whose rests it fills; each later
 # stage waits for the one before.
-_READY, _CATCH_UP, _CUT_OVER, _SWEEP, _LATE = range(5)
+_READY, _CATCH_UP, _CUT_OVER, _SWEEP, _LATE, _LAST = range(6)
 CUT_OVER, _SWEEP_KEY = "cut-over", "sweep"
 # What a server was about to write comes at once, and nobody can read it until it is swept: so first looks are quick,
 # and the rests between clean ones add up to more than half a second.
@@ -98,6 +98,10 @@ class RotateMasterKey(Job):
     def file(self) -> bool:
         return self.cutover == "file"
 
+    def may_rest(self, stage: int) -> bool:
+        # What is still under the old key nobody can read, and little is written.
+        return stage < _SWEEP
+
     def needs(self, layout: Layout) -> Iterable[sa.Table]:
         for carrier in layout.carriers:
             yield from carrier.reads
@@ -162,6 +166,8 @@ class RotateMasterKey(Job):
         yield from rotating.proof_shards(stage=_SWEEP)
         # When nothing is swapped any more: the host may copy what a swap replaces.
         yield from rotating.late_shards(stage=_LATE)
+        # That may take long, and a server write back what it read before: it is swept before anybody judges.
+        yield Shard(key=_SWEEP_KEY, rows=0, spec={"everything": False, "clean": 1}, stage=_LAST)
 
     def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:  # noqa: ARG002 - shards fit in memory
         rotating = means.rotating(self)
@@ -192,12 +198,13 @@ class RotateMasterKey(Job):
             time.sleep(_REST * (clean + 1) if sweeps < _QUICK_SWEEPS else 1.0)
         swept = rotating.sweep(everything=bool(shard.spec["everything"]) and not sweeps)
         clean = clean + 1 if swept.stands and not swept.ready else 0
-        if not self.file and clean >= _CLEAN_SWEEPS and not swept.proved:
+        enough = clean >= shard.spec.get("clean", _CLEAN_SWEEPS)
+        if not self.file and enough and not swept.proved:
             raise Waits("start the servers with the new key; once one of them has sealed a secret, the run goes on")
         found = bool(swept.ready)
         return Batch(
             after={"sweeps": sweeps + 1, "clean": clean, "found": found, "settlements": taken_up},
-            exhausted=clean >= _CLEAN_SWEEPS,
+            exhausted=enough,
             spec={"swap": found},
         )
 

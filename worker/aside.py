@@ -216,7 +216,10 @@ class Aside:
 
 def _iv(text: bytes) -> Iterator[str]:
     """The IV of a value that is an envelope: no two have the same."""
-    value = from_json(text)
+    try:
+        value = from_json(text)
+    except ValueError:
+        return
     if isinstance(value, dict) and isinstance(value.get("iv"), str):
         yield value["iv"]
 

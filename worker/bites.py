@@ -17,6 +17,8 @@ from worker.plans import Tally
 from worker.throttle import Throttle
 
 if TYPE_CHECKING:
+    import sqlalchemy as sa
+
     from worker.archive import ArchivedObject
     from worker.config import Settings
     from worker.db import Transaction
@@ -81,6 +83,8 @@ class Bites:
         asked = run.waiting is not None and run.waiting == self._asked
         with self._transaction() as connection:
             pressure = self._throttle.pressure(connection)
+            if pressure and not self._may_rest(connection, run):
+                pressure = None
             if pressure:
                 ledger.note_wait(connection, run.id, pressure.text, kind=pressure.kind, seconds=1)
             elif run.waiting and not asked:
@@ -92,6 +96,11 @@ class Bites:
         log.info("run rests", run=str(run.id), kind=pressure.kind)
         time.sleep(1)
         return True
+
+    @staticmethod
+    def _may_rest(connection: sa.Connection, run: Run) -> bool:
+        job = params.from_json(registry.job(run.job), run.params)
+        return job.may_rest(ledger_shards.earliest(connection, run))
 
     def _bite(self, run: Run, call_help: Callable[[int], None]) -> bool:
         """Take one batch of one shard; False when no shard is free."""

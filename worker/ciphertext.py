@@ -21,9 +21,11 @@ _WINDOW_BYTES = 12 << 20
 _WINDOW_BLOCKS = 1_024
 _PART_BYTES = 4 << 20
 _STEP = 4
-# Of these kinds of types some have no hash (json, xml, tsvector, point), so they are hashed as text.
-_MAYBE_HASHLESS = frozenset("UGA")
+# Of these kinds of types some have no hash (json, xml, tsvector, point, bit, what is made of them), and one of
+# another kind has none; so they are hashed as text.
+_MAYBE_HASHLESS = frozenset("UGAVCR")
 _HASHED = frozenset({"uuid", "jsonb", "bytea", "_text", "_uuid"})
+_HASHLESS = frozenset({"money"})
 
 
 VERSION: sa.ColumnClause[Any] = sa.column("xmin", Xid())
@@ -140,7 +142,8 @@ class Ciphertext:
         for name, kind, category in columns or self.columns():
             if name != self.carrier.column.name:
                 cell = f"{table}.{prepare.quote(name)}"
-                terms.append(f"{cell}::text" if category in _MAYBE_HASHLESS and kind not in _HASHED else cell)
+                hashless = kind in _HASHLESS or (category in _MAYBE_HASHLESS and kind not in _HASHED)
+                terms.append(f"{cell}::text" if hashless else cell)
         return sa.literal_column(f"hash_record_extended(ROW({', '.join(terms)}), 0)")
 
     def columns(self) -> list[list[str]]:

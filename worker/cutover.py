@@ -39,6 +39,9 @@ def settle_file(keys: Keys, journal: Rotation) -> None:
         return
     aside = f"{journal.staged}-old"
     if journal.cut_over_at is None and keys.source.key == keys.new:
+        # It may be nowhere else, where the database alone went back to before the cut-over (a restore, a failover),
+        # and servers may have sealed with it.
+        keyfile.stage(path, keys.new, journal.staged)
         keyfile.swap(path, keyfile.stage(path, keys.old, aside), expected=keys.new)
     # Also what was left by one that was killed here.
     keyfile.unstage(keyfile.staged_path(path, aside))

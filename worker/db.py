@@ -221,6 +221,16 @@ def driver(connection: sa.Connection) -> psycopg.Connection[Any]:
     return cast("psycopg.Connection[Any]", connection.connection.driver_connection)
 
 
+def durable(connection: sa.Connection) -> None:
+    """Let the commit of this transaction wait for the disk, whatever the role or database has as its default."""
+    connection.execute(_DURABLE)
+
+
+_DURABLE = sa.text(
+    "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'"
+)
+
+
 def copy_statement(connection: sa.Connection, query: sa.Select[Any]) -> tuple[bytes, dict[str, Any]]:
     """`COPY (query) TO STDOUT` in a CSV that never escapes JSON, with its parameters.
 

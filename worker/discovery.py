@@ -183,18 +183,18 @@ def done(connection: sa.Connection, run: UUID) -> bool:
     return bool(ledger_shards.cursors(connection, run, f"{KEY}:"))
 
 
-def texts(connection: sa.Connection, scheme: str, run: UUID) -> Iterator[tuple[str, bytes]]:
-    """Every value with an envelope, as it is now, in the columns where a run's shards found one; with the column."""
+def texts(
+    connection: sa.Connection, layout: Layout, columns: Collection[str], allowed: Collection[str]
+) -> Iterator[tuple[str, bytes]]:
+    """Every value with an envelope, as it is now, in these columns but for those allowed; with the column."""
     quote = connection.dialect.identifier_preparer.quote
-    columns = found(connection, run)
-    for shard, _ in ledger_shards.cursors(connection, run, f"{KEY}:"):
-        for spec in shard["tables"]:
-            place = f"{quote(spec['schema'])}.{quote(spec['table'])}"
-            for column in spec["columns"]:
-                name = f"{spec['schema']}.{spec['table']}.{column}"
-                if name in columns and _readable(connection, spec):
-                    query = f"SELECT {quote(column)}::text FROM {place} WHERE {_HOLDS.format(quote(column))}"
-                    rows = connection.execute(
-                        sa.text(query), {"scheme": f"%{scheme}%"}, execution_options={"yield_per": _FETCHED}
-                    )
-                    yield from ((name, str(value).encode()) for value in rows.scalars())
+    for spec in tables(connection, layout, allowed):
+        place = f"{quote(spec['schema'])}.{quote(spec['table'])}"
+        for column in spec["columns"]:
+            name = f"{spec['schema']}.{spec['table']}.{column}"
+            if name in columns and _readable(connection, spec):
+                query = f"SELECT {quote(column)}::text FROM {place} WHERE {_HOLDS.format(quote(column))}"
+                rows = connection.execute(
+                    sa.text(query), {"scheme": f"%{layout.scheme}%"}, execution_options={"yield_per": _FETCHED}
+                )
+                yield from ((name, str(value).encode()) for value in rows.scalars())

@@ -138,6 +138,10 @@ class Job(abc.ABC):
         """The table whose rows the job archives, as `Means.archive` does; None where it archives none."""
         return None
 
+    def may_rest(self, stage: int) -> bool:  # noqa: ARG002
+        """Whether a run may rest before bites of this stage, for as long as the server is under pressure."""
+        return True
+
     @classmethod
     def usual(cls) -> Self:
         """The job with its usual parameters, for what is asked of every job."""

@@ -161,6 +161,12 @@ def unfinished(connection: sa.Connection, run: Run, *, stage: int | None = None)
     return connection.execute(query).scalar_one()
 
 
+def earliest(connection: sa.Connection, run: Run) -> int:
+    """The stage that the next bite of a run is of."""
+    query = sa.select(sa.func.min(SHARDS.c.stage)).where(SHARDS.c.run_id == run.id, ~SHARDS.c.done)
+    return connection.execute(query.where(SHARDS.c.sweep == run.sweep)).scalar_one() or 0
+
+
 def no_bite_in_flight(connection: sa.Connection, run: UUID) -> bool:
     """Whether this transaction now holds every shard of the run, so that its tally is final."""
     rows = sa.select(SHARDS.c.number).where(SHARDS.c.run_id == run)

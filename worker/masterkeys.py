@@ -109,6 +109,12 @@ def look_from_here(connection: sa.Connection, run: UUID) -> None:
     note(connection, run, horizon=HORIZON)
 
 
+def ahead(connection: sa.Connection, horizon: str) -> bool:
+    """Whether a horizon is of another server: the database was dumped, and restored where less had been done."""
+    now = sa.func.pg_snapshot_xmax(sa.func.pg_current_snapshot())
+    return bool(connection.scalar(sa.select(sa.cast(sa.literal(horizon), Xid8()) > now)))
+
+
 def of(connection: sa.Connection, run: UUID | None) -> Rotation | None:
     """The journal of a run; None before it was opened."""
     row = connection.execute(sa.select(ROTATIONS).where(ROTATIONS.c.run_id == run)).one_or_none()

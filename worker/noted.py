@@ -11,8 +11,8 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
+from worker import readiness
 from worker.aside import LOST, ODD, RESEALED, SEEN, label
-from worker.readiness import MARK
 
 if TYPE_CHECKING:
     from worker.layouts.model import Carrier, Layout
@@ -31,15 +31,16 @@ class Noted:
     @cached_property
     def found(self) -> dict[tuple[str, str], int] | None:
         """Envelopes by label and row; None where what was noted is gone."""
-        labels = [MARK, *(label(kind, one) for kind in _KINDS for one in self._layout.carriers)]
+        if not readiness.kept(self._connection, self._run):
+            return None
+        labels = [label(kind, one) for kind in _KINDS for one in self._layout.carriers]
         # A row that moved while it was looked for is there twice.
         query = (
             sa.select(RESEALED.c.carrier, sa.cast(RESEALED.c.key, sa.Text), sa.func.max(RESEALED.c.rest))
             .where(RESEALED.c.run_id == self._run, RESEALED.c.carrier.in_(labels))
             .group_by(RESEALED.c.carrier, RESEALED.c.key)
         )
-        rows = {(name, key): int(number) for name, key, number in self._connection.execute(query)}
-        return rows if rows.pop((MARK, str(self._run)), None) is not None else None
+        return {(name, key): int(number) for name, key, number in self._connection.execute(query)}
 
     def number(self, kind: str, carrier: Carrier) -> int:
         """How many envelopes of a carrier were noted."""

@@ -6,6 +6,7 @@ Looked at in bites, by however many workers there are. The judge adds what was w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from worker import blocks, census, cutover, discovery, latecomers, ledger_shards
 from worker.aside import asides
 from worker.census import Counted
 from worker.ciphertext import Ciphertext, carried, since, windows
+from worker.errors import Refused
 from worker.job import Batch, Finding, Shard, Verdict
 from worker.noted import Noted
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 KEY = "prove"
 # Blocks a bite looks at. Fixed places, so that parts laid out at different moments leave nothing between them.
 _RANGE = 2_048
+# From the verdict to the end it is a moment, unless a worker is killed in between.
+_FRESH = timedelta(minutes=1)
 
 
 class Proving:
@@ -76,7 +80,8 @@ class Proving:
     def _start(self, part: int) -> dict[str, Any]:
         # What is written by transactions that are not over now is for the judge, whether the bites see it or not.
         horizon = self._connection.scalar(sa.select(sa.cast(masterkeys.HORIZON, sa.Text)))
-        return {"horizon": horizon, "carrier": 0, "range": part, "found": Counted().to_json()}
+        files = readiness.files(self._connection, self._layout)
+        return {"horizon": horizon, "files": files, "carrier": 0, "range": part, "found": Counted().to_json()}
 
     def _altered(self) -> dict[str, int]:
         by, run = self._journal.cut_over_by, self._journal.run_id
@@ -110,16 +115,27 @@ class Proving:
         masterkeys.note(self._connection, run, envelopes=envelopes, swept_at=sa.func.clock_timestamp())
         return Verdict(findings=tuple(findings), left=counted.left())
 
+    def require_still(self) -> None:
+        """Refused when the verdict is of some time ago and is not so any more: who gave it was killed, perhaps."""
+        fresh = sa.func.clock_timestamp() - self._journal.swept_at < _FRESH
+        if self._connection.scalar(sa.select(fresh)):
+            return
+        if found := self.judge().findings:
+            what = f"{found[0].rows} rows of {found[0].table} {found[0].what}"
+            raise Refused(f"since the run was judged: {what}; resume it")
+
     def _found(self) -> tuple[Counted | None, dict[str, int]]:
         """What the bites found and what was written since, where they saw every row; and what was altered."""
         counted, altered, horizons = Counted(), dict[str, int](), list[int]()
+        moved, files = False, readiness.files(self._connection, self._layout)
         for _, cursor in ledger_shards.cursors(self._connection, self._journal.run_id, f"{KEY}:"):
             altered |= cursor.get("altered", {})
             if "found" in cursor:
                 counted.add_json(cursor["found"])
                 horizons.append(int(cursor["horizon"]))
+                moved = moved or cursor.get("files") != files
         # Rows that were moved may have slipped from a range before its turn to one after it.
-        if not horizons or not readiness.stands(self._connection, self._layout, self._journal.run_id):
+        if not horizons or moved:
             return None, altered
         for carrier, ciphertext in carried(self._connection, self._layout):
             for part in ciphertext.rows(since(str(min(horizons))), company=True):

@@ -25,18 +25,18 @@ MARK = "marked"
 
 def mark(connection: sa.Connection, layout: Layout, run: UUID) -> None:
     """Say that from here on what is ready is complete, once the tables have been read as they are now."""
-    _write(connection, run, {"files": _files(connection, layout), "columns": _columns(connection, layout)})
+    _write(connection, run, {"files": files(connection, layout), "columns": _columns(connection, layout)})
 
 
 def mark_again(connection: sa.Connection, layout: Layout, run: UUID) -> None:
     """The same after the cut-over: what was swapped then had the columns of then."""
     columns = (_marked(connection, run) or {}).get("columns", _columns(connection, layout))
-    _write(connection, run, {"files": _files(connection, layout), "columns": columns})
+    _write(connection, run, {"files": files(connection, layout), "columns": columns})
 
 
 def stands(connection: sa.Connection, layout: Layout, run: UUID) -> bool:
     """Whether nothing was lost or moved since the mark."""
-    return bool((_marked(connection, run) or {}).get("files") == _files(connection, layout))
+    return bool((_marked(connection, run) or {}).get("files") == files(connection, layout))
 
 
 def fits(connection: sa.Connection, layout: Layout, run: UUID) -> bool:
@@ -62,14 +62,17 @@ def _write(connection: sa.Connection, run: UUID, value: dict[str, Any]) -> None:
 
 
 def _marked(connection: sa.Connection, run: UUID) -> dict[str, Any] | None:
-    return connection.scalar(sa.select(RESEALED.c.value).where(_mark_of(run)))
+    # What a release before 0.6 wrote has no columns in it: nor did that note what was so before.
+    value = RESEALED.c.value
+    return connection.scalar(sa.select(value).where(_mark_of(run), value.has_key("columns")))
 
 
 def _mark_of(run: UUID) -> sa.ColumnElement[bool]:
     return sa.and_(RESEALED.c.run_id == run, RESEALED.c.carrier == MARK)
 
 
-def _files(connection: sa.Connection, layout: Layout) -> dict[str, int]:
+def files(connection: sa.Connection, layout: Layout) -> dict[str, int]:
+    """The files that the carriers' tables are in: others, once a table was rewritten and its rows moved."""
     quote = connection.dialect.identifier_preparer.format_table
     query = sa.text("SELECT pg_relation_filenode(CAST(:name AS regclass))::bigint")
     return {one.name: connection.execute(query, {"name": quote(one.table)}).scalar_one() for one in layout.carriers}

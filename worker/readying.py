@@ -48,9 +48,9 @@ class Readying:
             raise TypeError("this rotation has no journal yet")
         everything = not self._stands()
         masterkeys.look_from_here(self._connection, self._run)
+        cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
         if everything:
             readiness.mark(self._connection, self._layout, self._run)
-            cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
         where = sa.true() if everything else since(journal.horizon)
         each = asides(self._connection, self._layout, self._run)
         return sum(aside.take(where, self._resealer, noting=True).ready for _, aside in each)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from worker.keyring import MasterKey
 
 # Strings are stepped over whole, so that neither a brace nor the scheme's name inside one counts.
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}]')
+_PIECES = r'("scheme"\s*:\s*"%s")|"[^"\\]*(?:\\.[^"\\]*)*"|[{}]'
 _SPACE = re.compile(r"[\s:,]*")
 _DECODER = json.JSONDecoder()
 
@@ -75,6 +75,7 @@ class Resealer:
         self._old = old
         self._new = new
         self._marker = old.scheme.encode()
+        self._tokens = re.compile(_PIECES % re.escape(old.scheme))
 
     def resealed(self, texts: Sequence[bytes], digests: Sequence[bytes]) -> Iterator[tuple[bytes | None, Census]]:
         """Each text with what the old key opens sealed with the new, and the keys; None where that is nothing.
@@ -175,29 +176,51 @@ class Resealer:
         if self._marker not in text:
             return
         if text.find(b"{", 1) < 0:
-            whole = from_json(text)
-            if self._ours(whole):
-                yield 0, len(text), whole
-            return
+            try:
+                whole = from_json(text)
+            except ValueError:
+                # Deeper than this reader goes, which need not be within an envelope.
+                pass
+            else:
+                if self._ours(whole):
+                    yield 0, len(text), whole
+                return
         yield from self._scan(text)
 
     def _scan(self, text: bytes) -> list[tuple[int, int, dict[str, Any]]]:
-        # By characters, for the places in a bytes pattern would be the same only for ASCII.
+        # By characters, for the places in a bytes pattern would be the same only for ASCII. Nothing is parsed but
+        # what says the scheme itself: whoever writes what is around it may nest it deeper than any parser goes.
         document = text.decode()
         ascii_only = len(document) == len(text)
         starts: list[int] = []
+        ours: set[int] = set()
         found: list[tuple[int, int, dict[str, Any]]] = []
-        for token in _TOKEN.finditer(document):
+        for token in self._tokens.finditer(document):
             if token[0] == "{":
                 starts.append(token.start())
+            elif token[1]:
+                ours.add(starts[-1])
             elif token[0] == "}":
                 start, end = starts.pop(), token.end()
-                if self._old.scheme in document[start:end] and self._ours(one := json.loads(document[start:end])):
+                if start in ours and self._ours(one := self._loaded(document[start:end])):
                     at = start if ascii_only else len(document[:start].encode())
                     stop = at + (end - start if ascii_only else len(document[start:end].encode()))
-                    # The app opens the outer envelope and ignores what else is in it.
-                    found = [*(other for other in found if other[0] < at), (at, stop, one)]
+                    if found and found[-1][0] > at and self._opens(one):
+                        # The app opens the outer envelope and ignores what else is in it.
+                        while found and found[-1][0] > at:
+                            found.pop()
+                    found.append((at, stop, one))
         return found
+
+    def _loaded(self, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            # Nested too deep, or with a number too long: an envelope all the same, and a damaged one to us.
+            return {"scheme": self._old.scheme}
+
+    def _opens(self, envelope: dict[str, Any]) -> bool:
+        return any(self._opened(one, envelope) is not None for one in (self._old, self._new))
 
     def _ours(self, value: Any) -> bool:
         return isinstance(value, dict) and value.get("scheme") == self._old.scheme

@@ -15,6 +15,7 @@ from worker.aside import asides
 from worker.ciphertext import carried, since
 from worker.errors import Refused
 from worker.job import REHEARSAL, Batch, Finding, Shard, Verdict
+from worker.latecomers import Latecomers
 from worker.plans import Tally
 from worker.reseal import Resealer, resealer
 
@@ -246,8 +247,12 @@ class Retiring:
         """Refused when a column of no carrier has anything that is not plainly under the key in use."""
         if not discovery.done(self._connection, self._means.entered):
             raise Refused("the run was begun by an earlier release, which did not look everywhere; start a new run")
+        run, allowed = self._means.entered, tuple(self._allowed())
+        # The run may have been stopped for long, and what was found have been put elsewhere meanwhile.
+        late = Latecomers(self._connection, self._layout, run, allowed).found()
+        there = {*discovery.found(self._connection, run), *late}
         opens, named = self._resealer(due[0]), Counter[str]()
-        for column, text in discovery.texts(self._connection, self._layout.scheme, self._means.entered):
+        for column, text in discovery.texts(self._connection, self._layout, there, allowed):
             if not opens.all_new(text):
                 named[column] += 1
         if named:

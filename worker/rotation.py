@@ -20,6 +20,7 @@ from worker import (
     audit,
     census,
     cutover,
+    db,
     discovery,
     keychain,
     keyfile,
@@ -149,6 +150,8 @@ class Rotating:
         new = self.keys.new or self._generated()
         if job.file and self.keys.source.path is not None:
             keyfile.stage(self.keys.source.path, new, masterkeys.staged_name(self._run))
+        # The only copy of the old key, once the key file has another.
+        db.durable(self._connection)
         self._connection.execute(sa.delete(RESEALED))
         derived = issubclass(CODECS[self._layout.scheme], Pbkdf2)
         masterkeys.begin(
@@ -282,6 +285,7 @@ class Rotating:
         )
         # Our note holds the journal's row: whoever retires a key from here on waits for our commit.
         prerequisites.require_way(self._connection, self.keys, self._journal)
+        db.durable(self._connection)
         if self._file:
             cutover.swap_file(self.keys, self._journal)
         return tally
@@ -327,7 +331,11 @@ class Rotating:
         return masterkeys.evidence(self.journal)
 
     def finish(self, retire_after: timedelta) -> dict[str, Any]:
-        """Remove what was staged, forget what was made ready, and say until when the old key is kept."""
+        """Remove what was staged, forget what was made ready, and say until when the old key is kept.
+
+        Refused when the verdict is not so any more.
+        """
+        self._proving.require_still()
         path, journal = self.keys.source.path, self._journal
         after = masterkeys.close(self._connection, journal, retire_after)
         self._connection.execute(sa.delete(RESEALED))

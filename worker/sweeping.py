@@ -42,14 +42,14 @@ class Sweeping:
         """Make ready what came with the old key after all."""
         journal, ready, fresh = self._journal, 0, list[str]()
         forgotten = not readiness.kept(self._connection, self._run)
-        lost = not readiness.stands(self._connection, self._layout, self._run)
+        forgotten = forgotten or masterkeys.ahead(self._connection, journal.horizon)
+        lost = forgotten or not readiness.stands(self._connection, self._layout, self._run)
         if forgotten:
             # Which envelopes were ours nobody knows: only one that comes from here on can prove anything.
             masterkeys.look_from_here(self._connection, self._run)
         if lost:
             readiness.mark_again(self._connection, self._layout, self._run)
-        if everything or lost:
-            cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
+        cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
         where = sa.true() if everything or lost else since(journal.horizon, but=journal.cut_over_by)
         for _, aside in asides(self._connection, self._layout, self._run):
             taken = aside.take(where, self._resealer, noting=forgotten)

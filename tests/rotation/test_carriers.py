@@ -121,10 +121,13 @@ def test_text_that_looks_like_an_envelope_is_text(released_vault: Vault) -> None
 
 
 def test_columns_of_types_without_a_hash_are_watched_as_well(vault: Vault) -> None:
+    vault.deployment.query("CREATE TYPE strange AS (a json, b bit)")
     vault.deployment.query(
         "ALTER TABLE company_secret_versions ADD words tsvector DEFAULT 'a b', ADD place point DEFAULT '(1,2)', "
-        "ADD old json DEFAULT '{}', ADD many json[] DEFAULT '{}', ADD tree xml, ADD strange \"char\" DEFAULT 'x', "
-        "ADD made text GENERATED ALWAYS AS (md5(material::text)) STORED"
+        "ADD old json DEFAULT '{}', ADD many json[] DEFAULT '{}', ADD tree xml, ADD odd \"char\" DEFAULT 'x', "
+        "ADD made text GENERATED ALWAYS AS (md5(material::text)) STORED, ADD cost money DEFAULT 1, "
+        "ADD flags bit(4) DEFAULT '0101', ADD more varbit DEFAULT '01', ADD pair strange DEFAULT ROW('{}', '1'), "
+        "ADD span int4range DEFAULT '[1,2)'"
     )
     assert vault.run("--generate")["kept"] is True
     assert vault.opened(vault.now) == vault.held
@@ -207,3 +210,23 @@ def test_a_large_deployment_is_looked_at_in_several_ranges(
     held = sum(values.total() for values in vault.held.values())
     assert sum(one["old"] for one in envelopes["before"].values()) == held
     assert sum(one["new"] for one in envelopes["after"].values()) == held
+
+
+@pytest.mark.parametrize("stage", [steps.MAKE_READY, steps.SWEEP])
+def test_a_document_that_no_parser_reads_does_not_stop_it(released_vault: Vault, stage: int) -> None:
+    """Whoever may wake an agent may write it, with the scheme's name in it."""
+    vault = released_vault
+    run = steps.start(vault, generate=True)
+    steps.work_until(vault, run, stage)
+    with vault.connect() as connection:
+        row = vault.add_run(connection, ["real"])
+        query = "UPDATE heartbeat_runs SET context_snapshot = jsonb_set(context_snapshot, '{deep}', %s::jsonb)"
+        connection.execute(query + " WHERE id = %s", ("[" * 2_000 + "]" * 2_000, row))
+        query = "UPDATE agent_wakeup_requests SET payload = %s WHERE payload->>'reason' = 'nothing'"
+        connection.execute(
+            query, (json.dumps({"said": "local_encrypted_v1", "deep": json.loads("[" * 500 + "]" * 500)}),)
+        )
+    assert steps.work(vault, run)["kept"] is True
+    # Nor does the test's own reader go so deep.
+    vault.deployment.query("UPDATE heartbeat_runs SET context_snapshot = context_snapshot - 'deep'")
+    assert vault.opened(vault.now) == vault.held

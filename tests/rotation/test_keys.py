@@ -317,6 +317,28 @@ def test_ciphertext_in_an_unknown_column_keeps_the_key(vault: Vault) -> None:
     assert listed(vault)["rotations"][0]["state"] == "retired"
 
 
+@pytest.mark.parametrize("where", ["a new table", "a table that was looked into"])
+def test_ciphertext_that_was_put_elsewhere_while_a_run_stood_still_keeps_the_key(
+    released_vault: Vault, where: str
+) -> None:
+    """Put right by moving it: what the run looked into before it failed has none any more, and another column has."""
+    vault = released_vault
+    old = rotated(vault)
+    _note(vault, vault.key)
+    _note(vault, table="others")
+    assert vault.deployment.cli("keys", "retire", old, "--inline", "--yes", ok=False).returncode == 1
+    if where == "a new table":
+        vault.deployment.query("DROP TABLE others")
+        vault.deployment.query("CREATE TABLE others AS SELECT * FROM notes")
+    else:
+        vault.deployment.query("INSERT INTO others SELECT * FROM notes")
+    vault.deployment.query("DELETE FROM notes")
+    done = vault.deployment.cli("runs", "resume", "last", "--inline", ok=False)
+    assert done.returncode == 1
+    assert ": public.others.body (1);" in done.stderr
+    assert listed(vault)["rotations"][0]["state"] == "under seal"
+
+
 def test_a_column_that_its_rotation_allowed_does_not_keep_the_key(released_vault: Vault) -> None:
     vault = released_vault
     _note(vault, vault.key)

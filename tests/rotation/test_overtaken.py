@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -409,6 +411,11 @@ def test_the_only_copy_of_a_key_is_not_removed_while_something_opens_with_none(r
 def test_a_retirement_may_take_as_long_as_a_look_at_everything(released_vault: Vault) -> None:
     vault = released_vault
     assert vault.run("--generate")["kept"]
+    _much(vault)
+    vault.deployment.cli(*RETIRE, env={"PAPERCLIP_WORKER_STATEMENT_TIMEOUT": "0.25"})
+
+
+def _much(vault: Vault) -> None:
     vault.deployment.query(
         "INSERT INTO heartbeat_runs (id, company_id, agent_id, status, context_snapshot) "
         "SELECT gen_random_uuid(), a.company_id, a.id, 'succeeded', jsonb_build_object('t', (SELECT "
@@ -416,7 +423,23 @@ def test_a_retirement_may_take_as_long_as_a_look_at_everything(released_vault: V
         "FROM generate_series(1, 6000) g, (SELECT * FROM agents LIMIT 1) a",
         json.dumps(vault.seal("x", vault.now)),
     )
-    vault.deployment.cli(*RETIRE, env={"PAPERCLIP_WORKER_STATEMENT_TIMEOUT": "0.25"})
+
+
+def _done(vault: Vault, run: UUID, shard: str) -> bool:
+    query = "SELECT done FROM paperclip_worker.shards WHERE run_id = %s AND key = %s"
+    return bool(vault.deployment.query(query, run, shard)[0][0])
+
+
+def test_a_look_at_what_came_since_may_take_as_long_as_one_at_everything(released_vault: Vault) -> None:
+    """A run that stood still for days has much to look at; a bite's time would not do, however often it is tried."""
+    vault = released_vault
+    slow = steps.with_environment(vault, PAPERCLIP_WORKER_STATEMENT_TIMEOUT="0.1")
+    run = steps.start(vault, generate=True)
+    for stage, shard in ((steps.CATCH_UP, "catch-up"), (steps.CUT_OVER, "cut-over"), (steps.SWEEP, "sweep")):
+        steps.work_until(vault, run, stage)
+        _much(vault)
+        slow.deployment.operations.runner().work(run, seconds=math.inf, leave=partial(_done, vault, run, shard))
+    assert steps.work(vault, run)["kept"] is True
 
 
 # -- the key file ---------------------------------------------------------------------------------------

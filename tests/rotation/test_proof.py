@@ -11,7 +11,10 @@ import pytest
 
 from tests.rotation import steps
 from tests.rotation.vault import Vault
+from worker.errors import Refused
+from worker.latecomers import Latecomers
 from worker.runner import Outcome
+from worker.states import State
 
 
 def _work_until(vault: Vault, run: UUID, condition: str) -> None:
@@ -45,6 +48,44 @@ def test_what_comes_after_the_last_bite_is_seen_and_swept(vault: Vault) -> None:
     ((sweeps,),) = vault.deployment.query("SELECT max(sweep) FROM paperclip_worker.shards WHERE run_id = %s", run)
     assert sweeps == 2
     assert _envelopes(result, "new") == _held(vault)
+    assert vault.opened(vault.now) == vault.held
+
+
+def test_what_is_written_back_while_it_is_looked_elsewhere_is_swept(
+    released_vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a large database that takes long, and agents that were at work before write back what they read then."""
+    vault, original = released_vault, Latecomers.claim
+
+    def beside_a_writer(self: Latecomers, *words: Any) -> Any:
+        with vault.connect() as connection:
+            vault.add_run(connection, ["written back"], key=vault.key)
+        return original(self, *words)
+
+    monkeypatch.setattr(Latecomers, "claim", beside_a_writer)
+    result = steps.work(vault, steps.start(vault, generate=True))
+    assert result["state"] == "kept", result["findings"]
+    assert vault.opened(vault.now) == vault.held
+
+
+def test_a_verdict_of_long_ago_is_given_anew(released_vault: Vault) -> None:
+    """Its worker was killed, and no other came for an hour."""
+    vault = released_vault
+    run = steps.start(vault, generate=True)
+    operations = vault.deployment.operations
+
+    def finishing() -> bool:
+        return operations.find(str(run)).state is State.FINISHING
+
+    assert operations.runner().work(run, seconds=math.inf, leave=finishing) is Outcome.MORE
+    vault.deployment.query("UPDATE paperclip_worker.rotations SET swept_at = swept_at - interval '1 hour'")
+    with vault.connect() as connection:
+        vault.add_version(connection, "written back")
+    says = "since the run was judged: 1 rows of company_secret_versions still sealed with the old key; resume it"
+    with pytest.raises(Refused, match=says):
+        steps.work(vault, run)
+    operations.resume(str(run))
+    assert steps.work(vault, run)["kept"] is True
     assert vault.opened(vault.now) == vault.held
 
 

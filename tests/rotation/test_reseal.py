@@ -57,7 +57,7 @@ def reseal(resealer: Resealer, text: bytes) -> tuple[bytes | None, Census]:
     return found
 
 
-def count(resealer: Resealer, text: bytes, digest: bytes, *, new_first: bool = False) -> Census:
+def count(resealer: Resealer, text: bytes, digest: bytes = b"", *, new_first: bool = False) -> Census:
     (found,) = resealer.counted([text], [digest], new_first=new_first)
     return found
 
@@ -220,3 +220,58 @@ def test_of_any_text_it_is_told_whether_all_is_plainly_under_the_new_key(text: s
 @given(text=_texts | _documents)
 def test_of_no_text_without_an_envelope_is_that_said(text: str) -> None:
     assert RESEALER.all_new(text.encode()) is (SCHEME not in text)
+
+
+# As deep as PostgreSQL takes it, and as long; no parser of ours does.
+_DEEP = "[" * 3_000 + "1" + "]" * 3_000
+_LONG = "1" + "0" * 6_000
+
+
+@pytest.mark.parametrize(
+    "odd", [_DEEP, '{"a":' * 3_000 + "1" + "}" * 3_000, _LONG], ids=["lists", "objects", "number"]
+)
+@pytest.mark.parametrize("place", ["beside", "around", "alone"])
+def test_what_no_parser_reads_is_stepped_over(odd: str, place: str) -> None:
+    """An agent may have put it there; nothing but an envelope needs to be parsed."""
+    sealed = json.dumps(OLD.seal("größe".encode()))
+    mention = json.dumps(SCHEME)
+    before, after = {
+        "beside": (f'{{"odd": {odd}, "said": {mention}, "found": [', "]}"),
+        "around": (f'{{"found": [{odd}, ', f", {mention}, {odd}]}}"),
+        "alone": (f"[{mention}, {odd}]", None),
+    }[place]
+    if after is None:
+        assert reseal(RESEALER, before.encode()) == (None, Census())
+        assert count(RESEALER, before.encode()) == Census()
+        return
+    found, census = reseal(RESEALER, f"{before}{sealed}{after}".encode())
+    assert census == Census(old=1)
+    assert count(RESEALER, f"{before}{sealed}{after}".encode(), new_first=True) == Census(old=1)
+    assert found is not None
+    assert found.startswith(before.encode())
+    assert found.endswith(after.encode())
+    assert NEW.open(json.loads(found[len(before) : -len(after)])) == "größe".encode()
+
+
+@pytest.mark.parametrize("odd", [_DEEP, _LONG], ids=["lists", "number"])
+def test_an_envelope_that_no_parser_reads_is_a_damaged_one(odd: str) -> None:
+    sealed, broken = json.dumps(OLD.seal(b"whole")), f'{{"odd": {odd}, {json.dumps(OLD.seal(b"broken"))[1:]}'
+    assert reseal(RESEALER, broken.encode()) == (None, Census(lost=1))
+    assert not RESEALER.all_new(broken.encode())
+    found, census = reseal(RESEALER, f"[{sealed}, {broken}]".encode())
+    assert census == Census(old=1, lost=1)
+    assert found is not None
+    assert found.endswith(f", {broken}]".encode())
+
+
+@pytest.mark.parametrize("more", [{}, {"iv": "AAAA", "tag": "AAAA", "ciphertext": "AAAA"}])
+def test_what_no_key_opens_hides_no_envelope_in_it(more: dict[str, str]) -> None:
+    """The app reads that one by its place, whatever the document around it says of itself."""
+    outer = {"scheme": SCHEME, **more, "paperclipSecretRedactions": [{"material": OLD.seal(b"inner")}]}
+    found, census = reseal(RESEALER, json.dumps({"first": OLD.seal(b"first"), "outer": outer}).encode())
+    assert census == Census(old=2, lost=1)
+    assert found is not None
+    after = json.loads(found)
+    assert NEW.open(after["first"]) == b"first"
+    assert NEW.open(after["outer"].pop("paperclipSecretRedactions")[0]["material"]) == b"inner"
+    assert after["outer"] == {"scheme": SCHEME, **more}

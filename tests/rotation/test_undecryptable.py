@@ -126,6 +126,21 @@ def test_what_a_crash_made_us_forget_is_told_by_its_number(vault: Vault) -> None
     _opened(vault, lost)
 
 
+def test_what_an_earlier_release_did_not_note_is_told_by_its_number(vault: Vault) -> None:
+    """The run cut over, and then its workers were exchanged: nothing is new to them that was there before."""
+    lost = _lose(vault)
+    run = steps.start(vault, generate=True, allow_undecryptable=3)
+    steps.work_until(vault, run, steps.SWEEP)
+    for query in (
+        "UPDATE paperclip_worker.resealed SET value = value->'files' WHERE carrier = 'marked'",
+        "DELETE FROM paperclip_worker.resealed WHERE carrier ~ '^(seen|lost|odd):'",
+    ):
+        vault.deployment.query(query)
+    result = steps.work(vault, run)
+    assert result["kept"] is True, result["findings"]
+    _opened(vault, lost)
+
+
 @pytest.mark.parametrize("allowed", [3, 4])
 def test_more_that_come_before_the_cut_over_are_refused_as_well(vault: Vault, allowed: int) -> None:
     """Also where one went: who allowed it allowed just that one. What is allowed does not break the promise."""

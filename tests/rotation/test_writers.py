@@ -17,7 +17,7 @@ import pytest
 from tasks import rotate_master_key
 from tasks.rotate_master_key import RotateMasterKey
 from tests.faults.evidence import wait
-from tests.rotation import app
+from tests.rotation import app, steps
 from tests.rotation.vault import Vault
 from worker import cutover, runner
 from worker.errors import Contended, Refused
@@ -107,6 +107,22 @@ def test_a_server_that_keeps_the_old_key_fails_the_run_until_it_is_put_right(
         vault.deployment.operations.resume(str(run))
     writes.clear()
     finish(vault, run)
+
+
+def test_what_nobody_can_read_is_swept_though_the_server_is_under_pressure(released_vault: Vault) -> None:
+    """All that the swap wrote has yet to go to the replicas, which a slot tells of."""
+    vault = released_vault
+    run, slot = begin(vault), f"slot_{vault.deployment.environment['DATABASE_URL'].rpartition('/')[2]}"
+    steps.work_until(vault, run, steps.SWEEP)
+    pressed = steps.with_environment(vault, PAPERCLIP_WORKER_MAX_RETAINED_WAL="1")
+    vault.deployment.query("SELECT pg_create_physical_replication_slot(%s, true)", slot)
+    try:
+        with vault.connect() as connection:
+            vault.add_version(connection, "late")
+        assert pressed.deployment.operations.runner().work(run, seconds=10) is Outcome.SETTLED
+        finish(vault, run)
+    finally:
+        vault.deployment.query("SELECT pg_drop_replication_slot(%s)", slot)
 
 
 def test_rows_that_change_after_they_were_made_ready(released_vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
