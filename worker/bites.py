@@ -117,6 +117,8 @@ class Bites:
                 locked = time.monotonic() if not self._contended else locked
                 tally, cursor = job.apply(means, batch), batch.after
                 archive.require_exact(objects, tally)
+            if not job.read_committed:
+                means.require_as_seen(job)
             ledger_shards.record_bite(
                 connection,
                 held,

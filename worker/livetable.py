@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from worker import db
-from worker.errors import Refused, SchemaError
+from worker.errors import Contended, Refused, SchemaError
 from worker.layouts import catalogue
 from worker.pgtypes import of
 
@@ -70,6 +70,14 @@ WHERE a.attrelid = to_regclass(format('public.%%I', %s::text)) AND a.attnum > 0 
     OR (type.oid >= 16384 AND EXISTS (
           SELECT FROM pg_catalog.pg_cast c WHERE c.castsource = type.oid AND c.casttarget = 'json'::regtype)))
 ORDER BY a.attnum
+"""
+
+# Of some tables those that have other files now than this transaction sees, or are others of the name. A catalogue is
+# read as of the transaction's snapshot like any table, and by a function as it is now.
+_REWRITTEN = """
+SELECT name FROM unnest(%s::text[]) AS given (name), to_regclass(format('public.%%I', name)) AS now (relation)
+LEFT JOIN pg_catalog.pg_class seen ON seen.oid = relation
+WHERE nullif(seen.relfilenode, 0) IS DISTINCT FROM pg_relation_filenode(relation) ORDER BY name
 """
 
 
@@ -145,6 +153,17 @@ def unknown(connection: sa.Connection, layout: Layout, records: Records) -> tupl
         for one in columns(connection, records.name)
         if one.name not in known
     )
+
+
+def require_as_seen(connection: sa.Connection, tables: Iterable[str]) -> None:
+    """Raise Contended when a table was rewritten after this transaction's snapshot, in which it then has no row.
+
+    To be asked after whatever reads the tables: from then on they stay as they are until the transaction ends.
+    """
+    with db.translated():
+        found = db.driver(connection).execute(_REWRITTEN.encode(), (sorted(tables),)).fetchall()
+    if found:
+        raise Contended(f"{', '.join(name for (name,) in found)}: the app has just rewritten the table")
 
 
 def _ask(connection: sa.Connection, query: str, table: str) -> list[tuple[Any, ...]]:

@@ -204,6 +204,12 @@ class Means:
         """Refused when a table's rows lie in others."""
         livetable.require_whole(self.connection, what.name)
 
+    def require_as_seen(self, job: Job) -> None:
+        """Raise Contended when a table that the job has read in this step only seemed to have no rows."""
+        # What legal holds read is in the landmarks.
+        tables = (*job.needs(self.layout), *self.layout.landmarks)
+        livetable.require_as_seen(self.connection, {table.name for table in tables})
+
     def require_not_restored(self) -> None:
         """Refused when rows of this run were put back since: it would take them a second time."""
         require_not_restored(self.connection, self.entered)

@@ -33,6 +33,7 @@ def verify(means: Means, job: Job, run: Run) -> State:
     Findings of the first sweep (rows that came late, or that others held) cause one more sweep.
     """
     verdict = job.verify(means)
+    means.require_as_seen(job)
     findings = [one.to_json() for one in verdict.findings]
     values = {"findings": findings, "left_rows": [one.to_json() for one in verdict.left]}
     if findings and run.sweep < SWEEPS:
