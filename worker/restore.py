@@ -94,7 +94,8 @@ class Restore:
 
     def foresee(self) -> None:
         """Refused when the archive is not what was written, or when the table cannot take all of it as it is."""
-        vouched.require(self._connection, self._means.settings, self._store(), self._run, self.objects)
+        settings, companies = self._means.settings, self._companies
+        vouched.require(self._connection, settings, self._store(), self._run, self.objects, companies=companies)
         self._absent_rows = self._look(Fit(self._connection, self.log, self._json_columns))
 
     def targets(self) -> tuple[Target, ...]:
