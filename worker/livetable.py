@@ -119,7 +119,7 @@ def require_prunable(connection: sa.Connection, log: LogTable, *, archive: bool)
             f"{log.name}.{age} is {kind}, not timestamp with time zone; see `paperclip-worker db check`"
         )
     require_whole(connection, log.name)
-    _require_known_references(connection, log)
+    require_known_references(connection, log)
     if archive:
         if lossy := [name for (name,) in _ask(connection, _LOSSY, log.name)]:
             raise Refused(f"{log.name}: an archive would not give back the values of {', '.join(lossy)} as they are")
@@ -127,7 +127,8 @@ def require_prunable(connection: sa.Connection, log: LogTable, *, archive: bool)
             raise Refused("the database has no encoding (SQL_ASCII): an archive of its text could not be read")
 
 
-def _require_known_references(connection: sa.Connection, log: LogTable) -> None:
+def require_known_references(connection: sa.Connection, log: LogTable) -> None:
+    """Refused, naming them, when rows elsewhere that the catalogue does not know hang on rows of a log."""
     known = {(one.table.schema, one.table.name, (one.name,)) for one in log.cited_by}
     for schema, name, names, changed in _ask(connection, _REFERENCES, log.name):
         if (schema, name, tuple(names)) not in known:

@@ -200,6 +200,10 @@ class Means:
         """Refused or SchemaError when to delete, or to archive, rows of a log would lose more than it says."""
         livetable.require_prunable(self.connection, log, archive=archive)
 
+    def require_known_references(self, log: LogTable) -> None:
+        """Refused when rows elsewhere that nobody knows would go or change with rows of a log."""
+        livetable.require_known_references(self.connection, log)
+
     def require_whole(self, what: Records) -> None:
         """Refused when a table's rows lie in others."""
         livetable.require_whole(self.connection, what.name)
