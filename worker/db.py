@@ -13,7 +13,7 @@ from psycopg import errors as pg
 from sqlalchemy import exc
 
 from worker import pgtypes
-from worker.errors import Contended, DatabaseGone, Denied, LedgerMissing, Refused, SchemaError
+from worker.errors import Contended, DatabaseGone, Denied, LedgerMissing, Refused, SchemaError, Transient
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -174,6 +174,11 @@ def translated() -> Iterator[None]:
         yield
     except (exc.DBAPIError, psycopg.Error) as error:
         raise _translate(error) from error
+
+
+def passes(error: exc.DBAPIError) -> bool:
+    """Whether an error of the driver's is a fault that usually passes."""
+    return isinstance(_translate(error), Transient)
 
 
 # A connection that the server refused has no SQLSTATE in libpq, only the server's text.
