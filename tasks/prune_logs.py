@@ -147,6 +147,8 @@ class PruneLogs(Job):
         return means.archive(self._expired(means), batch) if self._archived(means.layout) else (batch, ())
 
     def apply(self, means: Means, batch: Batch) -> Tally:
+        # A plugin may have come since the run was checked, and a run takes hours.
+        means.require_known_references(means.layout.log(self.table))
         return self._expired(means).delete(means.connection, batch)
 
     def verify(self, means: Means) -> Verdict:

@@ -78,7 +78,12 @@ def write(
         addresses, doubtful = _fill(spools, connection, query, doubted)
         if doubtful.number:
             addresses.join(_fill(spools, connection, again(doubtful), needles.of(()))[0])
-        objects = tuple(_store(store, spool, table, run) for _, spool in sorted(spools.items(), key=_by_company))
+        whole = [spool for _, spool in sorted(spools.items(), key=_by_company)]
+        # The session is kept awake meanwhile: each object takes as long as the store likes.
+        pool = ThreadPoolExecutor(1)
+        stored = pool.submit(lambda: tuple(_store(store, spool, table, run) for spool in whole))
+        pool.shutdown(wait=False)
+        objects = db.await_result(connection, stored)
         return objects, addresses, {whose: spool.size for whose, spool in spools.items()}
     finally:
         for spool in spools.values():

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from worker.ledger import Run
     from worker.means import Means
 
-# Whatever settles a run commits after its bites and does wait, and the log is written in order.
-_NEED_NOT_LAST = "SET LOCAL synchronous_commit = off"
-
 
 class Bites:
     """Takes the bites of one worker, and knows between two of them how the last went."""
@@ -107,8 +104,10 @@ class Bites:
         job = params.from_json(registry.job(run.job), run.params)
         asked = self._throttle.rows(contended=self._contended)
         began = time.monotonic()
-        modes = [db.SEES_COMMITS] * job.read_committed + [_NEED_NOT_LAST] * job.repeatable
-        with self._transaction(first="; ".join([*modes, holds.SHARED])) as connection:
+        modes = [db.SEES_COMMITS] * job.read_committed
+        # Whatever settles a run commits after its bites and does wait, and the log is written in order.
+        lasting = not job.repeatable
+        with self._transaction(first="; ".join([*modes, holds.SHARED]), lasting=lasting) as connection:
             held = ledger_shards.take_shard(connection, run.id)
             if held is None:
                 return False
@@ -126,6 +125,8 @@ class Bites:
                 locked = time.monotonic() if not self._contended else locked
                 tally, cursor = job.apply(means, batch), batch.after
                 archive.require_exact(objects, tally)
+            if not job.read_committed:
+                means.require_as_seen(job)
             ledger_shards.record_bite(
                 connection,
                 held,

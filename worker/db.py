@@ -13,7 +13,7 @@ from psycopg import errors as pg
 from sqlalchemy import exc
 
 from worker import pgtypes
-from worker.errors import Contended, DatabaseGone, Denied, LedgerMissing, Refused, SchemaError
+from worker.errors import Contended, DatabaseGone, Denied, LedgerMissing, Refused, SchemaError, Transient
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -78,17 +78,25 @@ def engine(settings: Settings) -> sa.Engine:
 
 @contextmanager
 def transaction(
-    on: sa.Engine, *, lock: float, statement: float, read_only: bool = False, first: str | None = None
+    on: sa.Engine,
+    *,
+    lock: float,
+    statement: float,
+    read_only: bool = False,
+    first: str | None = None,
+    lasting: bool = True,
 ) -> Iterator[sa.Connection]:
     """One transaction with its own timeouts in seconds; commits on success, rolls back on any error.
 
-    `first` is a utility statement that must come before the snapshot is taken.
+    `first` is a utility statement that must come before the snapshot is taken. A commit that is not `lasting` does
+    not wait for the disk: a server that crashes may have forgotten it.
     Raises Contended, DatabaseGone, LedgerMissing, Refused or SchemaError in place of the driver's errors;
     their messages hold no row content.
     """
     with translated(), on.connect() as connection, connection.begin():
         _begin(connection, first, read_only=read_only)
-        connection.execute(_BOUNDS, _bounds(lock=lock, statement=statement, read_only=read_only))
+        bounds = _bounds(lock=lock, statement=statement, read_only=read_only)
+        connection.execute(_BOUNDS, {**bounds, "lasting": lasting})
         yield connection
 
 
@@ -110,6 +118,15 @@ def _begin(connection: sa.Connection, first: str | None, *, read_only: bool) -> 
         raise
 
 
+# Of what we commit others are told, in the bucket and at a terminal: it must not be forgotten, whatever the role's or
+# the database's default. Where that is not `off`, whether standbys are waited for is the operator's choice.
+_SYNC = "synchronous_commit"
+_WAITS = sa.case(
+    (~sa.bindparam("lasting", type_=sa.Boolean), "off"),
+    (sa.func.current_setting(_SYNC) == "off", "local"),
+    else_=sa.func.current_setting(_SYNC),
+)
+
 # Session-wide SET would leak through a transaction-pooling proxy; the third argument keeps each local.
 _BOUNDS = sa.select(
     *(
@@ -121,6 +138,7 @@ _BOUNDS = sa.select(
             "transaction_read_only",
         )
     ),
+    sa.func.set_config(_SYNC, _WAITS, True),
     # Values become text in archive objects, marks and digests: the same text, whatever the role's own settings are.
     *(
         sa.func.set_config(name, value, True)
@@ -156,6 +174,11 @@ def translated() -> Iterator[None]:
         yield
     except (exc.DBAPIError, psycopg.Error) as error:
         raise _translate(error) from error
+
+
+def passes(error: exc.DBAPIError) -> bool:
+    """Whether an error of the driver's is a fault that usually passes."""
+    return isinstance(_translate(error), Transient)
 
 
 # A connection that the server refused has no SQLSTATE in libpq, only the server's text.

@@ -84,7 +84,7 @@ class Fit:
         """Count among the rows of these lines, which have the same columns. Refused when a value does not fit."""
         if not part:
             return
-        names = lines.columns(part[0])
+        names = lines.columns(self._connection, self._log, part[0])
         came, own = sql.Identifier("came"), sql.SQL("{line} IS DISTINCT FROM made.line")
         terms = [own.format(line=lines.line_of("came", names, self._json_columns))]
         says = [f"would not be as they were: {self._log} has another type for a column"]

@@ -171,7 +171,12 @@ def no_bite_in_flight(connection: sa.Connection, run: UUID) -> bool:
     """Whether this transaction now holds every shard of the run, so that its tally is final."""
     rows = sa.select(SHARDS.c.number).where(SHARDS.c.run_id == run)
     held = connection.execute(rows.with_for_update(skip_locked=True)).all()
-    return len(held) == len(connection.execute(rows).all())
+    if len(held) < len(connection.execute(rows).all()):
+        return False
+    # A bite whose snapshot is older sees the run under way still, and could lock a shard that is as it was.
+    undone = sa.update(SHARDS).where(SHARDS.c.run_id == run, ~SHARDS.c.done)
+    connection.execute(undone.values(done=SHARDS.c.done))
+    return True
 
 
 def tally(connection: sa.Connection, run: UUID) -> Tally:

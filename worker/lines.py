@@ -85,11 +85,6 @@ def marked(lines: Iterable[str]) -> bool:
     return any(line.endswith("]}") and JSON_NULLS in line for line in lines)
 
 
-def columns(line: str) -> list[str]:
-    """The columns of a line's row."""
-    return [name for name in json.loads(line) if name != JSON_NULLS]
-
-
 def line_of(table: str, names: Iterable[str], json_columns: Mapping[str, str]) -> sql.Composable:
     """A row as its line has it: these columns in this order, without any that the table has got since."""
     names = list(names)
@@ -138,6 +133,12 @@ def send(
             reason = f"{found} forbids it" if found else "a value does not fit its column"
             raise Refused(f"{table} does not take an archived row: {reason} (SQLSTATE {error.sqlstate})") from error
     return rows
+
+
+def columns(connection: sa.Connection, table: str, line: str) -> list[str]:
+    """The columns of a line's row. The server reads it: numbers may be longer and lists deeper than Python takes."""
+    statement = sql.SQL("SELECT json_object_keys({given}::json)").format(given=GIVEN)
+    return [name for (name,) in send(connection, table, statement, line) if name != JSON_NULLS]
 
 
 # -- in an object -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from worker import db
-from worker.errors import Refused, SchemaError
+from worker.errors import Contended, Refused, SchemaError
 from worker.layouts import catalogue
 from worker.pgtypes import of
 
@@ -72,6 +72,14 @@ WHERE a.attrelid = to_regclass(format('public.%%I', %s::text)) AND a.attnum > 0 
 ORDER BY a.attnum
 """
 
+# Of some tables those that have other files now than this transaction sees, or are others of the name. A catalogue is
+# read as of the transaction's snapshot like any table, and by a function as it is now.
+_REWRITTEN = """
+SELECT name FROM unnest(%s::text[]) AS given (name), to_regclass(format('public.%%I', name)) AS now (relation)
+LEFT JOIN pg_catalog.pg_class seen ON seen.oid = relation
+WHERE nullif(seen.relfilenode, 0) IS DISTINCT FROM pg_relation_filenode(relation) ORDER BY name
+"""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -111,7 +119,7 @@ def require_prunable(connection: sa.Connection, log: LogTable, *, archive: bool)
             f"{log.name}.{age} is {kind}, not timestamp with time zone; see `paperclip-worker db check`"
         )
     require_whole(connection, log.name)
-    _require_known_references(connection, log)
+    require_known_references(connection, log)
     if archive:
         if lossy := [name for (name,) in _ask(connection, _LOSSY, log.name)]:
             raise Refused(f"{log.name}: an archive would not give back the values of {', '.join(lossy)} as they are")
@@ -119,7 +127,8 @@ def require_prunable(connection: sa.Connection, log: LogTable, *, archive: bool)
             raise Refused("the database has no encoding (SQL_ASCII): an archive of its text could not be read")
 
 
-def _require_known_references(connection: sa.Connection, log: LogTable) -> None:
+def require_known_references(connection: sa.Connection, log: LogTable) -> None:
+    """Refused, naming them, when rows elsewhere that the catalogue does not know hang on rows of a log."""
     known = {(one.table.schema, one.table.name, (one.name,)) for one in log.cited_by}
     for schema, name, names, changed in _ask(connection, _REFERENCES, log.name):
         if (schema, name, tuple(names)) not in known:
@@ -145,6 +154,17 @@ def unknown(connection: sa.Connection, layout: Layout, records: Records) -> tupl
         for one in columns(connection, records.name)
         if one.name not in known
     )
+
+
+def require_as_seen(connection: sa.Connection, tables: Iterable[str]) -> None:
+    """Raise Contended when a table was rewritten after this transaction's snapshot, in which it then has no row.
+
+    To be asked after whatever reads the tables: from then on they stay as they are until the transaction ends.
+    """
+    with db.translated():
+        found = db.driver(connection).execute(_REWRITTEN.encode(), (sorted(tables),)).fetchall()
+    if found:
+        raise Contended(f"{', '.join(name for (name,) in found)}: the app has just rewritten the table")
 
 
 def _ask(connection: sa.Connection, query: str, table: str) -> list[tuple[Any, ...]]:

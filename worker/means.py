@@ -200,9 +200,19 @@ class Means:
         """Refused or SchemaError when to delete, or to archive, rows of a log would lose more than it says."""
         livetable.require_prunable(self.connection, log, archive=archive)
 
+    def require_known_references(self, log: LogTable) -> None:
+        """Refused when rows elsewhere that nobody knows would go or change with rows of a log."""
+        livetable.require_known_references(self.connection, log)
+
     def require_whole(self, what: Records) -> None:
         """Refused when a table's rows lie in others."""
         livetable.require_whole(self.connection, what.name)
+
+    def require_as_seen(self, job: Job) -> None:
+        """Raise Contended when a table that the job has read in this step only seemed to have no rows."""
+        # What legal holds read is in the landmarks.
+        tables = (*job.needs(self.layout), *self.layout.landmarks)
+        livetable.require_as_seen(self.connection, {table.name for table in tables})
 
     def require_not_restored(self) -> None:
         """Refused when rows of this run were put back since: it would take them a second time."""

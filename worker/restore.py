@@ -94,7 +94,8 @@ class Restore:
 
     def foresee(self) -> None:
         """Refused when the archive is not what was written, or when the table cannot take all of it as it is."""
-        vouched.require(self._connection, self._means.settings, self._store(), self._run, self.objects)
+        settings, companies = self._means.settings, self._companies
+        vouched.require(self._connection, settings, self._store(), self._run, self.objects, companies=companies)
         self._absent_rows = self._look(Fit(self._connection, self.log, self._json_columns))
 
     def targets(self) -> tuple[Target, ...]:
@@ -114,7 +115,7 @@ class Restore:
                 for number, part in enumerate(reader.parts(one.rows)):
                     if fit and not number:
                         # The rows of an object are of one snapshot, and have the same columns.
-                        fit.require_columns(lines.columns(part[0]))
+                        fit.require_columns(self._columns_of(part))
                     absent, differing = self._compare(part)
                     other += differing
                     if fit:
@@ -223,7 +224,7 @@ class Restore:
         keyed = dict(zip(_keys(part, self.log.key.name), part, strict=True))
         query = sql.SQL("SELECT t.{key}::text, {line} FROM {table} t WHERE t.{key} = ANY ({given}::text[]::{kind}[])")
         names = self._names() | {"kind": sql.SQL(self.log.key.type.compile(self._connection.dialect))}
-        statement = query.format(line=self._line_of("t", lines.columns(part[0])), **names)
+        statement = query.format(line=self._line_of("t", self._columns_of(part)), **names)
         there = lines.send(self._connection, self.log.name, statement, list(keyed))
         differing = [key for key, line in there if keyed[key] != line]
         present = {key for key, _ in there}
@@ -231,7 +232,7 @@ class Restore:
 
     def _insert(self, part: Sequence[str]) -> tuple[int, bool]:
         """How many rows were inserted, and whether each is its line again."""
-        names = lines.columns(part[0])
+        names = self._columns_of(part)
         computed = {one.name for one in self._columns if one.generated}
         given = [name for name in names if name not in computed]
         statement = sql.SQL(
@@ -261,6 +262,9 @@ class Restore:
     def _columns(self) -> tuple[Column, ...]:
         return livetable.columns(self._connection, self.log.name)
 
+    def _columns_of(self, part: Sequence[str]) -> list[str]:
+        return lines.columns(self._connection, self.log.name, part[0])
+
     def _line_of(self, table: str, names: Sequence[str]) -> sql.Composable:
         return lines.line_of(table, names, self._json_columns)
 
@@ -285,7 +289,7 @@ def _size(part: Iterable[str]) -> int:
 
 def _keys(part: Iterable[str], column: str) -> Iterator[str]:
     # The key is the first column of every log; to parse the whole line takes ten times as long.
-    first = re.compile(rf'{{"{column}":(?:"([^"\\]*)"|([0-9]+))[,}}]').match
+    first = re.compile(rf'{{"{column}":(?:"([^"\\]*)"|(-?[0-9]+))[,}}]').match
     for line in part:
         match = first(line)
         yield (match[1] or match[2]) if match else str(json.loads(line)[column])

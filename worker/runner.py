@@ -253,10 +253,10 @@ class Runner:
 
     # -- parts ----------------------------------------------------------------------------------------
 
-    def _transaction(self, *, scan: bool = False, first: str | None = None) -> db.Transaction:
+    def _transaction(self, *, scan: bool = False, first: str | None = None, lasting: bool = True) -> db.Transaction:
         lock, statement = self._settings.lock_timeout, self._settings.statement_timeout
         statement = self._settings.scan_timeout if scan else statement
-        return db.transaction(self._engine, lock=lock, statement=statement, first=first)
+        return db.transaction(self._engine, lock=lock, statement=statement, first=first, lasting=lasting)
 
     def _means(self, connection: sa.Connection, run: Run, *, contended: bool = False) -> Means:
         return Means(

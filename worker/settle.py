@@ -9,7 +9,7 @@ from uuid import UUID, uuid5
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from worker import audit, ledger, ledger_shards
+from worker import audit, db, ledger, ledger_shards
 from worker.errors import DatabaseGone
 from worker.layouts.model import Activity
 from worker.logs import log
@@ -33,6 +33,7 @@ def verify(means: Means, job: Job, run: Run) -> State:
     Findings of the first sweep (rows that came late, or that others held) cause one more sweep.
     """
     verdict = job.verify(means)
+    means.require_as_seen(job)
     findings = [one.to_json() for one in verdict.findings]
     values = {"findings": findings, "left_rows": [one.to_json() for one in verdict.left]}
     if findings and run.sweep < SWEEPS:
@@ -139,7 +140,9 @@ def _tell_companies(
         try:
             with means.connection.begin_nested():
                 means.connection.execute(means.layout.record_activity(activity))
-        except (exc.IntegrityError, exc.DataError, exc.ProgrammingError, exc.InternalError) as fault:
+        except exc.DBAPIError as fault:
+            if db.passes(fault):
+                raise
             missing[company] = f"the database refuses it (SQLSTATE {getattr(fault.orig, 'sqlstate', None)})"
     if missing:
         log.error("activity rows not written", run=str(run.id), companies=len(missing))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from worker import archive, audit, ledger
@@ -22,12 +22,19 @@ if TYPE_CHECKING:
 
 
 def require(
-    connection: sa.Connection, settings: Settings, store: Store, run: Run, objects: Sequence[ArchivedObject]
+    connection: sa.Connection,
+    settings: Settings,
+    store: Store,
+    run: Run,
+    objects: Sequence[ArchivedObject],
+    *,
+    companies: Collection[str],
 ) -> None:
     """The newest receipt that names a manifest vouches for it by its digest, and that for the objects.
 
-    Refused when none does: who can change an object can change what the ledger says of it as well. ArchiveTampered
-    when a receipt, the manifest or an object is not what was written. The objects' bytes are not looked at.
+    `objects` are all that the ledger has of these companies (empty: of every one). Refused when no receipt does: who
+    can change an object can change what the ledger says of it as well. ArchiveTampered when a receipt, the manifest
+    or an object is not what was written, or one is unknown to the ledger. The objects' bytes are not looked at.
     """
     own = str(ledger.identity(connection))
     signed = (_said(receipt, run, own, settings.signing_key_file) for receipt in _receipts(connection, run))
@@ -38,10 +45,16 @@ def require(
             "`runs resume` has one written, also when the run is stopped again"
         )
     body = archive.read_manifest(store, named["manifest"], named["sha256"])
-    known = {one["key"]: (one["sha256"], one["rows"]) for one in json.loads(body)["objects"]}
+    listed = [one for one in json.loads(body)["objects"] if not companies or one["company"] in companies]
+    known = {one["key"]: (one["sha256"], one["rows"]) for one in listed}
     for one in objects:
-        if known.get(one.key) != (one.sha256, one.rows):
+        if known.pop(one.key, None) != (one.sha256, one.rows):
             raise ArchiveTampered(f"archive object {one.key} is not the one that the manifest names")
+    if known:
+        raise ArchiveTampered(
+            f"the ledger lacks archive object {min(known)}, which the manifest of run {run.id} names: its rows "
+            "would not come back"
+        )
 
 
 def _receipts(connection: sa.Connection, run: Run) -> list[Receipt]:

@@ -97,6 +97,16 @@ def test_a_log_that_takes_no_row_of_ours(released: Deployment, small: Operations
     assert json.loads(released.cli("receipts", "verify", "--json").stdout)["intact"]
 
 
+def test_a_log_that_has_a_rule(released: Deployment, small: Operations) -> None:
+    """PostgreSQL takes no row of ours then, by an error of another kind."""
+    run = _under_way(small)
+    released.query("CREATE TABLE copied (id uuid)")
+    released.query("CREATE RULE twice AS ON INSERT TO activity_log DO ALSO INSERT INTO copied VALUES (NEW.id)")
+    assert small.runner().work(run, seconds=60) is Outcome.SETTLED
+    missing = small.result(run)["receipt"]["evidence"]["activity_not_written"]
+    assert set(missing.values()) == {"the database refuses it (SQLSTATE 0A000)"}
+
+
 def test_a_worker_without_the_bucket_fails_the_run(released: Deployment, small: Operations) -> None:
     run = _under_way(small)
     without = released.with_settings(s3_bucket="")

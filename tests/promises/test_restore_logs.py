@@ -281,3 +281,15 @@ def test_memory_stays_bounded_for_a_large_object(released: Deployment) -> None:
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout.splitlines()[-1]) < 220 * 1024
     assert released.query(count) == before
+
+
+@pytest.mark.parametrize("value", ["[" * 3000 + "]" * 3000, f'{{"n": 1{"0" * 5000}}}'], ids=["deep", "long"])
+def test_json_that_python_cannot_read_comes_back(released: Deployment, value: str) -> None:
+    """PostgreSQL takes numbers of any length, and lists within lists within lists."""
+    old = "created_at < now() - interval '89 days'"
+    few = f"SELECT id FROM activity_log WHERE {old} ORDER BY created_at LIMIT 40"
+    released.query(f"DELETE FROM activity_log WHERE {old} AND id NOT IN ({few})")
+    released.query(f"UPDATE activity_log SET details = %s::jsonb WHERE {old}", value)
+    before = content(released, "activity_log")
+    restore(released, prune(released))
+    assert content(released, "activity_log") == before

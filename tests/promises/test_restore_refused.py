@@ -114,6 +114,10 @@ _HARM: dict[str, tuple[Callable[[Deployment, str], object], str]] = {
     ),
     "gone": (lambda deployment, key: store_of(deployment).delete([key]), "archive object .* is missing"),
     "other rows, the ledger too": (_swap, "archive object .* is not the one that the manifest names"),
+    "forgotten by the ledger": (
+        lambda deployment, key: deployment.query("DELETE FROM paperclip_worker.objects WHERE key = %s", key),
+        "the ledger lacks archive object .*, which the manifest of run .* names",
+    ),
     "all of it, and the receipt": (_all_the_way, "receipt 1 of run .* the body was changed"),
     "all of it, and the receipt with its hash": (_with_its_hash, "receipt 1 of run .* the signature does not fit"),
     "all of it, signed by another": (

@@ -59,3 +59,12 @@ def test_a_prune_is_verified(released: Deployment, slow: Slow) -> None:
     slow()
     assert small.runner().work(run, seconds=math.inf) is Outcome.SETTLED
     assert small.result(run)["kept"]
+
+
+def test_a_bite_is_taken(released: Deployment, slow: Slow) -> None:
+    """However long its objects take to be written and read back."""
+    run = released.operations.start(PruneLogs(), actor="tester", via="test")
+    released.operations.runner().work(run, seconds=0)
+    slow()
+    released.operations.runner().work(run, seconds=0)
+    assert released.operations.result(run)["rows"] > 0

@@ -14,7 +14,7 @@ from psycopg import sql
 
 from tasks.prune_logs import PruneLogs
 from tasks.restore_logs import RestoreLogs
-from tests.cli.helpers import INLINE, keys, least, refused, world
+from tests.cli.helpers import INLINE, begin, keys, least, refused, world
 from tests.conftest import NOW, Deployment
 from tests.promises.archived import complete, content, objects_of, prune, restore, store_of
 from worker import ledger
@@ -201,13 +201,26 @@ def test_a_key_that_forbids_a_delete_is_named_and_never_its_row(
     released: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that was added after the last look at the table."""
-    monkeypatch.setattr("worker.livetable.require_prunable", lambda *_, **__: None)
+    for look in ("require_prunable", "require_known_references"):
+        monkeypatch.setattr(f"worker.livetable.{look}", lambda *_, **__: None)
     released.query("CREATE TABLE notes (log uuid CONSTRAINT notes_of_log REFERENCES activity_log)")
     released.query("INSERT INTO notes SELECT id FROM activity_log")
     with pytest.raises(Refused, match=r"by the foreign key notes_of_log \(SQLSTATE 23503\)$"):
         complete(released, PruneLogs())
     ((error,),) = released.query("SELECT error FROM paperclip_worker.runs")
     assert "notes_of_log" in error
+
+
+def test_a_key_that_is_added_while_a_run_is_at_work_stops_it(released: Deployment) -> None:
+    """Its rows would go with those of the log, and the archive has nothing of them."""
+    run = begin(released)
+    released.query("CREATE TABLE notes (log uuid REFERENCES activity_log ON DELETE CASCADE)")
+    released.query("INSERT INTO notes SELECT id FROM activity_log")
+    ((before,),) = released.query("SELECT count(*) FROM notes")
+    with pytest.raises(Refused, match="rows of notes refer to activity_log by log and would be changed or deleted"):
+        released.operations.runner().work(run, seconds=60)
+    assert released.operations.result(run)["state"] == "failed"
+    assert released.query("SELECT count(*) FROM notes") == [(before,)]
 
 
 @pytest.mark.parametrize(
