@@ -139,13 +139,15 @@ class LogTable(Records):
 class TaskTable(Records):
     """The table of tasks, of which ended ones are archived: put out of sight, and brought back as they were.
 
-    `archived` and `back` are what is set then. `mark` is a text that differs once the app has changed a task.
+    `archived` and `back` are what is set then. `mark` is a text that differs once the app has changed a task. `open`:
+    a task is not over.
     `resized`: an archived task takes more or less room than before.
     """
 
     archived: Callable[[datetime], Mapping[str, Any]]
     back: Mapping[str, Any]
     mark: sa.ColumnElement[str]
+    open: sa.ColumnElement[bool]
     resized: bool = True
 
 

@@ -85,6 +85,7 @@ _TASKS = TaskTable(
     tasks=(TASKS.c.id,),
     texts=(TASKS.c.title, TASKS.c.description),
     archived=lambda _: {"archived": True},
+    open=TASKS.c.status != "completed",
     back={"archived": False},
     mark=sa.func.concat_ws("|", TASKS.c.updated_at, TASKS.c.status, TASKS.c.archived),
     resized=False,

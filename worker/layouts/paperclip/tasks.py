@@ -203,6 +203,7 @@ TASK_TABLE = TaskTable(
     texts=_named("content"),
     # Neither updated_at nor status is set: the app compares and sorts by the one, a trigger counts the other.
     archived=lambda now: {"hidden_at": now},
+    open=TASKS.c.status.not_in(TERMINAL_ISSUE),
     back={"hidden_at": None},
     mark=sa.func.concat_ws("|", TASKS.c.updated_at, TASKS.c.status, TASKS.c.status_version, TASKS.c.hidden_at),
 )
