@@ -7,7 +7,7 @@ import math
 import threading
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -144,6 +144,38 @@ def test_a_task_that_names_a_held_one_stays(released: Deployment, column: str) -
     result = board.archive()
     assert [board.hidden(one) for one in (held, of_it, other)] == [False, False, True]
     assert [one["rows"] for one in result["left"] if one["reason"] == "legal_hold"] == [2]
+
+
+@pytest.mark.parametrize(
+    ("column", "made"),
+    [
+        ("origin_id", "harness_liveness:{company}:{held}:blocked_by_cancelled_issue:{leaf}"),
+        ("origin_fingerprint", "task_watchdog_product_bug:{held}:{leaf}"),
+    ],
+)
+def test_a_task_that_the_app_made_for_a_held_one_stays(released: Deployment, column: str, made: str) -> None:
+    """The app names what a task was made for in an id that it puts together of several."""
+    board = Board(deployment=released)
+    held, leaf = board.task(), uuid4()
+    of_it, of_another = (
+        _ended_task(board, **{column: made.format(company=board.company, held=task, leaf=leaf)})
+        for task in (held, uuid4())
+    )
+    _hold(released, "task", str(held))
+    board.archive()
+    assert [board.hidden(one) for one in (held, of_it, of_another)] == [False, False, True]
+
+
+def test_every_task_below_a_held_one_stays(released: Deployment) -> None:
+    board = Board(deployment=released)
+    held, above, other = board.tasks(3)
+    child = _ended_task(board, parent_id=held)
+    grandchild = _ended_task(board, parent_id=child)
+    board.sql("UPDATE issues SET parent_id = %(above)s WHERE id = %(held)s", above=above, held=held)
+    _hold(released, "task", str(held))
+    board.archive()
+    tasks = (held, child, grandchild, above, other)
+    assert [board.hidden(one) for one in tasks] == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize("archive", [True, False])
