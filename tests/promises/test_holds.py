@@ -179,6 +179,46 @@ def test_every_task_below_a_held_one_stays(released: Deployment) -> None:
 
 
 @pytest.mark.parametrize("archive", [True, False])
+@pytest.mark.parametrize("kind", ["task", "user"])
+def test_a_uuid_is_the_same_in_capitals(released: Deployment, kind: str, archive: bool) -> None:
+    board = Board(deployment=released)
+    held = board.task() if kind == "task" else uuid4()
+    if kind == "user":
+        _user(released, str(held))
+    written = (str(held).upper(), str(held).title(), held.urn.upper())
+    rows = [_old_row(board, "activity_log", {"details": json.dumps({"of": one})}) for one in written]
+    rows += [_old_row(board, "activity_log", {"entity_id": one}) for one in written]
+    free = _old_row(board, "activity_log", {"details": json.dumps({"of": str(uuid4()).upper()})})
+    _hold(released, kind, str(held))
+    result = _run(released, PruneLogs(company=(board.company,), archive=archive))
+    assert (result["kept"], result["rows"]) == (True, 1)
+    left = board.sql("SELECT id::text FROM activity_log WHERE id::text = ANY(%(ids)s)", ids=[*rows, free])
+    assert sorted(left) == sorted((one,) for one in rows)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+@pytest.mark.parametrize(
+    ("table", "column", "form"),
+    [
+        ("activity_log", "entity_id", "user:{}"),
+        ("tool_access_audit_events", "correlation_id", "{}"),
+        ("tool_access_audit_events", "client_name", "of {}"),
+    ],
+)
+def test_a_user_is_found_in_whatever_id_has_the_user_s(
+    released: Deployment, table: str, column: str, form: str, archive: bool
+) -> None:
+    """The first is what the app writes when a plugin changes somebody's rights."""
+    board, user = Board(deployment=released), "Kq3xW9"
+    _user(released, user)
+    held = _old_row(board, table, {column: form.format(user)})
+    free = _old_row(board, table, {column: form.format(user[:-1])})
+    _hold(released, "user", user)
+    assert _run(released, PruneLogs(table=table, company=(board.company,), archive=archive))["kept"]
+    assert board.sql(f"SELECT id::text FROM {table} WHERE id::text = ANY(%(ids)s)", ids=[held, free]) == [(held,)]
+
+
+@pytest.mark.parametrize("archive", [True, False])
 @pytest.mark.parametrize(
     ("table", "columns"),
     [
