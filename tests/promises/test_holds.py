@@ -19,7 +19,7 @@ from tasks.prune_logs import PruneLogs
 from tests.cli.helpers import check_refusal, complete, keys, refused, world
 from tests.conftest import NOW, Deployment
 from tests.promises.board import Board
-from worker import holds, rules
+from worker import db, holds, rules
 from worker.errors import Refused
 from worker.job import Job
 from worker.operations import Operations
@@ -489,6 +489,17 @@ def test_bites_that_do_not_end_refuse_the_hold_rather_than_promise_it(
         with pytest.raises(holds.Busy, match="bites in flight"):
             _hold(released, "table", "activity_log")
     assert released.query("SELECT * FROM paperclip_worker.holds") == []
+
+
+def test_who_dies_with_the_lock_in_hand_is_cut_off(released: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before the bounds of its transaction are set: a host that is gone after its first words."""
+    monkeypatch.setattr(db, "_IDLE", "300ms")
+    monkeypatch.setattr(holds, "EXCLUSIVE", holds.EXCLUSIVE.replace("60s", "5s"))
+    with released.operations.engine.connect() as dead:
+        dead.begin()
+        db._begin(dead, holds.SHARED, read_only=False)
+        assert _hold(released, "table", "activity_log")
+        dead.invalidate()
 
 
 def test_a_hold_ends_by_itself(released: Deployment) -> None:
