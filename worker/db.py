@@ -26,6 +26,7 @@ SEES_COMMITS = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
 Transaction = AbstractContextManager[sa.Connection]
 
 APPLICATION_NAME = "paperclip-worker"
+_IDLE = "300s"
 # A server or a network that vanishes says nothing. Keepalives find it out while an answer is awaited; while something
 # sent is not yet acknowledged the kernel sends none, and `tcp_user_timeout` counts (in ms).
 _NOTICING = {
@@ -104,7 +105,8 @@ def _begin(connection: sa.Connection, first: str | None, *, read_only: bool) -> 
     """What must come before the snapshot. DatabaseGone on a standby, unless it is only read."""
     # What the role or database has as its default does not count.
     statements = [] if read_only else ["SET TRANSACTION READ WRITE"]
-    statements += [first] if first else []
+    # At once: who dies before the other bounds are set leaves what `first` locks to a server that waits for hours.
+    statements += [f"SET LOCAL idle_in_transaction_session_timeout = '{_IDLE}'", first] if first else []
     if not statements:
         return
     try:
@@ -162,7 +164,7 @@ def _bounds(*, lock: float, statement: float, read_only: bool) -> dict[str, str]
         "lock_timeout": f"{max(1, round(lock * 1000))}ms",
         "statement_timeout": f"{max(1, round(statement * 1000))}ms",
         # An upload may stand between two statements; a worker that died is still cut off.
-        "idle_in_transaction_session_timeout": "300s",
+        "idle_in_transaction_session_timeout": _IDLE,
         "transaction_read_only": "on" if read_only else "off",
     }
 

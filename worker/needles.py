@@ -11,19 +11,20 @@ from functools import lru_cache
 
 import hyperscan
 
-from worker.layouts.model import json_forms
+from worker.layouts.model import sought
 
 
 class Needles:
-    """Words, and whether any of them is somewhere in a text. Not shared between threads."""
+    """Words, and whether any of them is somewhere in a text, in small letters or capitals. For one thread."""
 
     def __init__(self, words: frozenset[str]) -> None:
         # In the line of a text column a word is written once more over than in the column.
-        forms = {form.encode() for one in words for form in json_forms(one, 3)}
+        forms = [form.encode() for form in sought(words, 3)]
         self._found = False
         self._database = hyperscan.Database()
         if forms:
-            self._database.compile(expressions=sorted(forms), flags=hyperscan.HS_FLAG_SINGLEMATCH, literal=True)
+            flags = hyperscan.HS_FLAG_SINGLEMATCH | hyperscan.HS_FLAG_CASELESS
+            self._database.compile(expressions=forms, flags=flags, literal=True)
         self._forms = forms
 
     def any_in(self, text: bytes) -> bool:

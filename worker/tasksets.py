@@ -56,7 +56,7 @@ class TaskSets:
         values = sa.select(run, done.c.task, sa.cast(done.c.company, sa.Uuid), done.c.mark)
         note = postgresql.insert(NOTES).from_select(["run_id", "task", "company", "mark"], values)
         # Whoever brings a task back while the run goes on has it archived again by the second sweep.
-        again = {"mark": note.excluded.mark, "undone_by": None}
+        again = {"mark": note.excluded.mark, "company": note.excluded.company, "undone_by": None}
         note = note.on_conflict_do_update(index_elements=["run_id", "task"], set_=again)
         return totals(self._connection, self._tasks.name, done, note.cte("note"))
 
@@ -132,6 +132,21 @@ class TaskSets:
             sa.select(rows.whose.label("company"), sa.func.count().label("number"))
             .select_from(self._tasks.table)
             .where(self.archived_by(run, rows.companies).eligible, sa.or_(*(keep.rows for keep in keeps)))
+            .group_by(rows.whose)
+        )
+        return {row.company: row.number for row in self._connection.execute(query)}
+
+    def lost(self, rows: RowSet) -> dict[str, int]:
+        """Per company the tasks this run archived that were changed since, are open or held back by a guard now, and
+        are out of sight as the run left them: no undo touches them.
+        """
+        tasks = self._tasks
+        as_left = (tasks.table.c[of] == value for of, value in tasks.archived(self._means.now).items())
+        query = (
+            sa.select(rows.whose.label("company"), sa.func.count().label("number"))
+            .select_from(tasks.table.join(NOTES, NOTES.c.task == tasks.key))
+            .where(NOTES.c.run_id == self._means.run, NOTES.c.undone_by.is_(None), NOTES.c.mark != tasks.mark)
+            .where(*as_left, sa.or_(tasks.open, *(keep.rows for keep in tasks.keeps)))
             .group_by(rows.whose)
         )
         return {row.company: row.number for row in self._connection.execute(query)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,6 +20,8 @@ from worker.errors import Refused
 from worker.job import Batch
 from worker.means import Means
 from worker.plans import Tally
+from worker.runner import Outcome
+from worker.states import State
 
 RECENT = timedelta(days=3)
 KEEP = timedelta(days=30)
@@ -221,6 +224,54 @@ def test_a_task_that_is_brought_back_meanwhile_is_archived_by_the_second_sweep(
     own.sql("UPDATE issues SET hidden_at = NULL WHERE id = %(task)s", task=task)
     assert own.archive()["kept"]
     assert own.hidden(task)
+
+
+_GONE_ON = {
+    "paperclip": {
+        "opened again": "status = 'in_progress', completed_at = NULL, updated_at = now()",
+        "commented and worked on": "updated_at = now(), execution_run_id = %(run)s",
+    },
+    "guide": {"opened again": "status = 'todo', updated_at = now()"},
+}
+
+
+@pytest.mark.parametrize("how", _GONE_ON["paperclip"])
+def test_a_task_that_the_app_goes_on_with_while_the_run_lasts_is_named(board: Board, how: str) -> None:
+    """It is out of sight, and no undo brings it back: it was changed."""
+    if (change := _GONE_ON[board.deployment.layout].get(how)) is None:
+        pytest.skip("the guide's tasks have no runs")
+    task, hidden, commented = board.tasks(3)
+    operations = board.deployment.operations
+    run = operations.start(board.job(), actor="tester", via="test")
+    operations.runner().work(run, seconds=math.inf, leave=lambda: all(map(board.hidden, (task, hidden, commented))))
+    assert operations.find(str(run)).state is State.RUNNING
+    if board.released:
+        board.sql("UPDATE heartbeat_runs SET status = 'running' WHERE id = %(run)s")
+    board.sql(f"UPDATE {board.table} SET {change} WHERE id = %(task)s", task=task)
+    board.sql(f"UPDATE {board.table} SET updated_at = now() WHERE id = %(task)s", task=commented)
+    assert operations.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    result = operations.result(run)
+    assert result["state"] == "unkept"
+    ((finding),) = result["findings"]
+    assert (finding["company"], finding["rows"]) == (str(board.company), 1)
+    assert "show them again in the app" in finding["what"]
+
+
+def test_a_task_that_is_moved_and_archived_again_comes_back_too(board: Board) -> None:
+    """What the note said of its company was of the first time."""
+    other = Board(deployment=board.deployment)
+    task, rest = board.tasks(2)
+    operations, shown = board.deployment.operations, ("hidden_at = NULL" if board.released else "archived = false")
+    run = operations.start(board.job(company=(board.company, other.company)), actor="tester", via="test")
+    operations.runner().work(run, seconds=math.inf, leave=lambda: board.hidden(task) and board.hidden(rest))
+    board.sql(
+        f"UPDATE {board.table} SET company_id = %(to)s, {shown} WHERE id = %(task)s", to=other.company, task=task
+    )
+    assert operations.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    result = operations.result(run)
+    assert (result["kept"], result["rows"]) == (True, 3)
+    assert board.undo(result, company=())["rows"] == 2
+    assert not board.hidden(task)
 
 
 def test_rows_that_others_only_refer_to_are_not_left_out(own: Board) -> None:

@@ -7,7 +7,7 @@ import math
 import threading
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -19,7 +19,7 @@ from tasks.prune_logs import PruneLogs
 from tests.cli.helpers import check_refusal, complete, keys, refused, world
 from tests.conftest import NOW, Deployment
 from tests.promises.board import Board
-from worker import holds, rules
+from worker import db, holds, rules
 from worker.errors import Refused
 from worker.job import Job
 from worker.operations import Operations
@@ -144,6 +144,78 @@ def test_a_task_that_names_a_held_one_stays(released: Deployment, column: str) -
     result = board.archive()
     assert [board.hidden(one) for one in (held, of_it, other)] == [False, False, True]
     assert [one["rows"] for one in result["left"] if one["reason"] == "legal_hold"] == [2]
+
+
+@pytest.mark.parametrize(
+    ("column", "made"),
+    [
+        ("origin_id", "harness_liveness:{company}:{held}:blocked_by_cancelled_issue:{leaf}"),
+        ("origin_fingerprint", "task_watchdog_product_bug:{held}:{leaf}"),
+    ],
+)
+def test_a_task_that_the_app_made_for_a_held_one_stays(released: Deployment, column: str, made: str) -> None:
+    """The app names what a task was made for in an id that it puts together of several."""
+    board = Board(deployment=released)
+    held, leaf = board.task(), uuid4()
+    of_it, of_another = (
+        _ended_task(board, **{column: made.format(company=board.company, held=task, leaf=leaf)})
+        for task in (held, uuid4())
+    )
+    _hold(released, "task", str(held))
+    board.archive()
+    assert [board.hidden(one) for one in (held, of_it, of_another)] == [False, False, True]
+
+
+def test_every_task_below_a_held_one_stays(released: Deployment) -> None:
+    board = Board(deployment=released)
+    held, above, other = board.tasks(3)
+    child = _ended_task(board, parent_id=held)
+    grandchild = _ended_task(board, parent_id=child)
+    board.sql("UPDATE issues SET parent_id = %(above)s WHERE id = %(held)s", above=above, held=held)
+    _hold(released, "task", str(held))
+    board.archive()
+    tasks = (held, child, grandchild, above, other)
+    assert [board.hidden(one) for one in tasks] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("archive", [True, False])
+@pytest.mark.parametrize("kind", ["task", "user"])
+def test_a_uuid_is_the_same_in_capitals(released: Deployment, kind: str, archive: bool) -> None:
+    board = Board(deployment=released)
+    held = board.task() if kind == "task" else uuid4()
+    if kind == "user":
+        _user(released, str(held))
+    written = (str(held).upper(), str(held).title(), held.urn.upper())
+    rows = [_old_row(board, "activity_log", {"details": json.dumps({"of": one})}) for one in written]
+    rows += [_old_row(board, "activity_log", {"entity_id": one}) for one in written]
+    free = _old_row(board, "activity_log", {"details": json.dumps({"of": str(uuid4()).upper()})})
+    _hold(released, kind, str(held))
+    result = _run(released, PruneLogs(company=(board.company,), archive=archive))
+    assert (result["kept"], result["rows"]) == (True, 1)
+    left = board.sql("SELECT id::text FROM activity_log WHERE id::text = ANY(%(ids)s)", ids=[*rows, free])
+    assert sorted(left) == sorted((one,) for one in rows)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+@pytest.mark.parametrize(
+    ("table", "column", "form"),
+    [
+        ("activity_log", "entity_id", "user:{}"),
+        ("tool_access_audit_events", "correlation_id", "{}"),
+        ("tool_access_audit_events", "client_name", "of {}"),
+    ],
+)
+def test_a_user_is_found_in_whatever_id_has_the_user_s(
+    released: Deployment, table: str, column: str, form: str, archive: bool
+) -> None:
+    """The first is what the app writes when a plugin changes somebody's rights."""
+    board, user = Board(deployment=released), "Kq3xW9"
+    _user(released, user)
+    held = _old_row(board, table, {column: form.format(user)})
+    free = _old_row(board, table, {column: form.format(user[:-1])})
+    _hold(released, "user", user)
+    assert _run(released, PruneLogs(table=table, company=(board.company,), archive=archive))["kept"]
+    assert board.sql(f"SELECT id::text FROM {table} WHERE id::text = ANY(%(ids)s)", ids=[held, free]) == [(held,)]
 
 
 @pytest.mark.parametrize("archive", [True, False])
@@ -417,6 +489,17 @@ def test_bites_that_do_not_end_refuse_the_hold_rather_than_promise_it(
         with pytest.raises(holds.Busy, match="bites in flight"):
             _hold(released, "table", "activity_log")
     assert released.query("SELECT * FROM paperclip_worker.holds") == []
+
+
+def test_who_dies_with_the_lock_in_hand_is_cut_off(released: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before the bounds of its transaction are set: a host that is gone after its first words."""
+    monkeypatch.setattr(db, "_IDLE", "300ms")
+    monkeypatch.setattr(holds, "EXCLUSIVE", holds.EXCLUSIVE.replace("60s", "5s"))
+    with released.operations.engine.connect() as dead:
+        dead.begin()
+        db._begin(dead, holds.SHARED, read_only=False)
+        assert _hold(released, "table", "activity_log")
+        dead.invalidate()
 
 
 def test_a_hold_ends_by_itself(released: Deployment) -> None:

@@ -69,7 +69,7 @@ _ACTIVITY_LOG = LogTable(
     security=sa.or_(*(ACTIVITY.c.action.like(family) for family in SECURITY_ACTIONS)),
     parents=(COMPANIES,),
     users=(ACTIVITY.c.actor_id,),
-    texts=(ACTIVITY.c.metadata,),
+    texts=(ACTIVITY.c.metadata, ACTIVITY.c.actor_id),
 )
 
 _TASKS = TaskTable(
@@ -83,8 +83,9 @@ _TASKS = TaskTable(
     among=sa.and_(TASKS.c.status == "completed", TASKS.c.archived.is_not(True)),
     users=(TASKS.c.created_by_user_id,),
     tasks=(TASKS.c.id,),
-    texts=(TASKS.c.title, TASKS.c.description),
+    texts=(TASKS.c.title, TASKS.c.description, TASKS.c.created_by_user_id),
     archived=lambda _: {"archived": True},
+    open=TASKS.c.status != "completed",
     back={"archived": False},
     mark=sa.func.concat_ws("|", TASKS.c.updated_at, TASKS.c.status, TASKS.c.archived),
     resized=False,

@@ -90,13 +90,15 @@ def _named(of: sa.Table) -> dict[str, Any]:
     for name in catalogued(of.name):
         by_class.setdefault(facts[name].kind, []).append(of.c[name])
     personal = by_class.get("personal", [])
-    others = [of.c[name] for name in ("issue_id", *_ids_of_anything(of.name)) if name in of.c]
+    ids = [of.c[name] for name in _ids_of_anything(of.name)]
+    others = [of.c.issue_id, *ids] if "issue_id" in of.c else ids
     return {
         "users": tuple(personal),
         # What a column that names a person has may be a task: the app's `entity_id` and `consumer_id` name either.
         "tasks": (*personal, *others),
-        # A secret may name a user: what `verification` checks a password reset by holds the id.
-        "texts": (*by_class.get("content", ()), *by_class.get("secret", ())),
+        # A secret may name a user: what `verification` checks a password reset by holds the id. So may an id that is
+        # put together of several, as the app's own are.
+        "texts": (*by_class.get("content", ()), *by_class.get("secret", ()), *personal, *ids),
         "of_tasks": _of_runs(of),
     }
 

@@ -56,7 +56,9 @@ def runs_of_tasks(ids: Sequence[str]) -> sa.Select[Any]:
     """The runs that worked on one of these tasks, by what they or the tasks say; none is NULL."""
     named = (RUNS.c.context_snapshot["issueId"].astext, RUNS.c.context_snapshot["taskId"].astext)
     uuids = [found for one in ids if (found := as_uuid(one)) is not None]
-    of = sa.or_(*(one.in_(ids) for one in named), RUNS.c.native_issue_id.in_(uuids))
+    # Not by lower(): the app's indexes are on what it says itself.
+    spelled = [*ids, *(one.upper() for one in ids)]
+    of = sa.or_(*(one.in_(spelled) for one in named), RUNS.c.native_issue_id.in_(uuids))
     # The app's indexes on these begin with the company.
     by_run = sa.select(RUNS.c.id.label("id")).where(RUNS.c.company_id == COMPANIES.c.id, of)
     by_task = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from worker.layouts.model import Keep, TaskTable
+from worker.layouts.model import Keep, TaskTable, as_uuid
 from worker.layouts.paperclip.tables import (
     RUNS,
     TERMINAL_ISSUE,
@@ -36,6 +36,7 @@ TASKS = table(
     conversation_agent_id=_UUID,
     harness_kind=sa.Text,
     origin_kind=sa.Text,
+    origin_fingerprint=sa.Text,
     **catalogued("issues"),
 )
 _RELATIONS = table("issue_relations", company_id=_UUID, issue_id=_UUID, related_issue_id=_UUID, type=sa.Text)
@@ -183,6 +184,22 @@ def _managed() -> Keep:
     )
 
 
+def _below(ids: Sequence[str]) -> sa.ColumnElement[bool]:
+    """Every task somewhere below one of these tasks, and these."""
+    # By issues_company_parent_idx; without ALL as above.
+    top, child = TASKS.alias("top"), TASKS.alias("child_of")
+    held = sa.select(top.c.id, top.c.company_id).where(
+        top.c.id.in_([found for one in ids if (found := as_uuid(one)) is not None])
+    )
+    tree = held.cte("held", recursive=True, nesting=True)
+    tree = tree.union(
+        sa.select(child.c.id, child.c.company_id).where(
+            child.c.company_id == tree.c.company_id, child.c.parent_id == tree.c.id
+        )
+    )
+    return TASKS.c.id.in_(sa.select(tree.c.id))
+
+
 def _named(kind: str) -> tuple[Any, ...]:
     return tuple(TASKS.c[name] for name in catalogued("issues", kind))
 
@@ -198,11 +215,13 @@ TASK_TABLE = TaskTable(
     among=sa.and_(TASKS.c.status.in_(TERMINAL_ISSUE), TASKS.c.hidden_at.is_(None)),
     keeps=(_run_live(), _open_below(), _blocks_open(), _answer_pending(), _recovering(), _managed()),
     users=_named("personal"),
-    # A task below it, and one that it was made for, name it; `origin_id` may be of a user as well.
-    tasks=(TASKS.c.id, TASKS.c.parent_id, *_named("personal")),
-    texts=_named("content"),
+    # One that was made for a task names it; `origin_id` may be of a user as well, or be put together of several ids.
+    tasks=(TASKS.c.parent_id, *_named("personal")),
+    of_tasks=_below,
+    texts=(*_named("content"), *_named("personal"), TASKS.c.origin_fingerprint),
     # Neither updated_at nor status is set: the app compares and sorts by the one, a trigger counts the other.
     archived=lambda now: {"hidden_at": now},
+    open=TASKS.c.status.not_in(TERMINAL_ISSUE),
     back={"hidden_at": None},
     mark=sa.func.concat_ws("|", TASKS.c.updated_at, TASKS.c.status, TASKS.c.status_version, TASKS.c.hidden_at),
 )
