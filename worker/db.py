@@ -13,7 +13,7 @@ from psycopg import errors as pg
 from sqlalchemy import exc
 
 from worker import pgtypes
-from worker.errors import Contended, DatabaseGone, Denied, LedgerMissing, Refused, SchemaError
+from worker.errors import Contended, DatabaseGone, Denied, LedgerMissing, Refused, SchemaError, Unheard
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -83,13 +83,23 @@ def transaction(
     """One transaction with its own timeouts in seconds; commits on success, rolls back on any error.
 
     `first` is a utility statement that must come before the snapshot is taken.
-    Raises Contended, DatabaseGone, LedgerMissing, Refused or SchemaError in place of the driver's errors;
-    their messages hold no row content.
+    Raises Contended, DatabaseGone (Unheard, where it may have committed), LedgerMissing, Refused or SchemaError in
+    place of the driver's errors; their messages hold no row content.
     """
-    with translated(), on.connect() as connection, connection.begin():
-        _begin(connection, first, read_only=read_only)
-        connection.execute(_BOUNDS, _bounds(lock=lock, statement=statement, read_only=read_only))
-        yield connection
+    done = False
+    try:
+        with translated(), on.connect() as connection, connection.begin():
+            _begin(connection, first, read_only=read_only)
+            connection.execute(_BOUNDS, _bounds(lock=lock, statement=statement, read_only=read_only))
+            yield connection
+            done = not read_only
+    except DatabaseGone as gone:
+        if done:
+            raise Unheard(
+                "the database ended the connection in the midst of a commit: what was asked for may be done; look "
+                "before you ask again"
+            ) from gone
+        raise
 
 
 def _begin(connection: sa.Connection, first: str | None, *, read_only: bool) -> None:
