@@ -218,6 +218,35 @@ def test_a_commit_whose_answer_is_lost_is_no_refusal(released: Deployment) -> No
         check_refusal(done, says=says, status=1)
 
 
+def test_a_reader_that_goes_ends_a_command_as_other_tools_end(released: Deployment) -> None:
+    for words in (("runs", "list"), ("--help",), ("db", "check", "--json"), ("runs", "show", "none")):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "wb") as gone:
+            done = subprocess.run(
+                [*CLI, *words],
+                env=released.process_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=gone if words[-1] != "none" else subprocess.DEVNULL,
+                stderr=subprocess.PIPE if words[-1] != "none" else gone,
+                check=False,
+            )
+        assert (done.returncode, done.stderr or b"") == (-signal.SIGPIPE, b""), words
+
+
+def test_without_a_stdout_commands_do_what_they_do(released: Deployment) -> None:
+    released.cli(*INLINE)
+    for words in (("receipts", "show", "1"), ("runs", "list"), ("keys", "list"), ("receipts", "verify")):
+        done = subprocess.run(
+            ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *CLI, *words],
+            env=released.process_environment(),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, b""), words
+
+
 def test_without_a_stdin_there_is_nobody_to_ask(released: Deployment) -> None:
     before = world(released)
     done = subprocess.run(
