@@ -11,7 +11,7 @@ from worker import db
 from worker.errors import LedgerMissing
 
 SCHEMA = "paperclip_worker"
-VERSION = "0005"
+VERSION = "0006"
 
 _meta = sa.MetaData(schema=SCHEMA)
 
