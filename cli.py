@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
 
 import click
@@ -55,6 +58,11 @@ def main() -> None:
     except click.Abort:
         _complain("cancelled; nothing was started")
         sys.exit(Exit.REFUSED)
+    except SystemExit as end:
+        # So click ends where what was written has no reader.
+        if end.code == 1 and any(map(_unread, (1, 2))):
+            _end_unread()
+        raise
     except WorkerError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
@@ -66,8 +74,24 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else Exit.KEPT)
 
 
+def _unread(stream: int) -> bool:
+    """Whether nobody is left to read what is written there."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _end_unread() -> None:
+    """End as other tools do whose reader has gone: by the signal. A status of ours would be about a promise."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGPIPE)
+
+
 def _complain(message: str) -> None:
-    click.echo("paperclip-worker: " + " ".join(message.split()), err=True)
+    try:
+        click.echo("paperclip-worker: " + " ".join(message.split()), err=True)
+    except BrokenPipeError:
+        _end_unread()
 
 
 if __name__ == "__main__":

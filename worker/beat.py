@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from redbeat.schedulers import RedBeatScheduler, get_redis  # type: ignore[import-untyped]
+from redbeat.schedulers import RedBeatScheduler, RedBeatSchedulerEntry, get_redis  # type: ignore[import-untyped]
 from redis.exceptions import LockError, RedisError
 from redis.lock import Lock
 
@@ -28,11 +29,27 @@ if TYPE_CHECKING:
 WRITTEN = f"{BEAT_PREFIX}:written"
 
 
+class Entry(RedBeatSchedulerEntry):  # type: ignore[misc]
+    """Redbeat's entry, with its times in UTC.
+
+    Redbeat adds hours to them as a clock on the wall would, and forgets which of two hours of one name it was.
+    """
+
+    def default_now(self) -> datetime:
+        now: datetime = super().default_now()
+        return now.astimezone(UTC)
+
+    # Redbeat's name for it.
+    _default_now = default_now
+
+
 class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     """Redbeat's scheduler, which writes nothing without the lock and outlasts a broker that is gone for a while.
 
     `note` keeps in the ledger since when the entries hold.
     """
+
+    Entry = Entry
 
     def __init__(self, *, times: Timetable, note: Callable[[], None], **given: Any) -> None:
         # Lazy, or the schedule would be written here. Without a key redbeat takes no lock, which it does in a
@@ -64,7 +81,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
             if known is not None:
                 if known.schedule != entry.schedule or zone not in {None, self._times.timezone}:
                     known.reschedule()
-                entry.last_run_at = known.last_run_at
+                entry.last_run_at = known.last_run_at and known.last_run_at.astimezone(UTC)
             entry.save()
 
     def close(self) -> None:
@@ -112,12 +129,12 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
 
     def _bring_back(self) -> None:
         """What ran while a clock was ahead would not be due before that time has come: it ran now."""
-        now = self.app.now()
+        now = self.app.now().astimezone(UTC)
         for name in self.app.conf.beat_schedule:
             entry = self._known(name)
             if entry is not None and entry.last_run_at and entry.last_run_at > now + standing.SKEW:
                 log.warning("schedule entry was last sent in the future", entry=name, at=str(entry.last_run_at))
-                entry.reschedule(now)
+                entry.reschedule()
 
     def _known(self, name: str) -> Any:
         """The entry as Redis has it, or None."""

@@ -30,6 +30,8 @@ OUR_PREFIX = "PAPERCLIP_WORKER_"
 _LONGEST = timedelta(days=36_500)  # of a lock S3's own bound
 # Read by worker/embedded.py, which runs where no Settings exist yet.
 _NOT_SETTINGS = frozenset({"PAPERCLIP_WORKER_EMBEDDED_PG_BIN"})
+# Where Celery finds one of these it goes there, whatever it was told.
+_CELERYS_OWN = ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL")
 # A variable that names a file, and the secret setting that the file's one line is.
 FROM_FILE = {f"{name}_FILE": name for name in ("DATABASE_URL", "PAPERCLIP_WORKER_BROKER_URL")}
 
@@ -240,7 +242,7 @@ def load(environ: Mapping[str, str] | None = None, *, needs: Iterable[Need] = ()
 
     Raises SettingsError naming every missing, malformed and misspelt variable in one line, and no value.
     """
-    environ = os.environ if environ is None else environ
+    environ, needs = os.environ if environ is None else environ, tuple(needs)
     known = _names()
     faults = [
         f"{name} is not a setting of paperclip-worker"
@@ -259,6 +261,10 @@ def load(environ: Mapping[str, str] | None = None, *, needs: Iterable[Need] = ()
     except ValidationError as error:
         faults += [_fault(dict(item)) for item in error.errors(include_url=False, include_context=False)]
     faults += [f"{need.value} is not set" for need in needs if not any(environ.get(n) for n in _GIVEN_BY[need])]
+    if Need.BROKER in needs:
+        faults += [
+            f"{name} would send Celery to another broker; unset it" for name in _CELERYS_OWN if environ.get(name)
+        ]
     if faults or settings is None:
         raise SettingsError("settings: " + "; ".join(faults))
     return settings

@@ -13,7 +13,16 @@ from psycopg import errors as pg
 from sqlalchemy import exc
 
 from worker import pgtypes
-from worker.errors import Contended, DatabaseGone, Denied, LedgerMissing, Refused, SchemaError, Transient
+from worker.errors import (
+    Contended,
+    DatabaseGone,
+    Denied,
+    LedgerMissing,
+    Refused,
+    SchemaError,
+    Transient,
+    Unheard,
+)
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -91,14 +100,24 @@ def transaction(
 
     `first` is a utility statement that must come before the snapshot is taken. A commit that is not `lasting` does
     not wait for the disk: a server that crashes may have forgotten it.
-    Raises Contended, DatabaseGone, LedgerMissing, Refused or SchemaError in place of the driver's errors;
-    their messages hold no row content.
+    Raises Contended, DatabaseGone (Unheard, where it may have committed), LedgerMissing, Refused or SchemaError in
+    place of the driver's errors; their messages hold no row content.
     """
-    with translated(), on.connect() as connection, connection.begin():
-        _begin(connection, first, read_only=read_only)
-        bounds = _bounds(lock=lock, statement=statement, read_only=read_only)
-        connection.execute(_BOUNDS, {**bounds, "lasting": lasting})
-        yield connection
+    done = False
+    try:
+        with translated(), on.connect() as connection, connection.begin():
+            _begin(connection, first, read_only=read_only)
+            bounds = _bounds(lock=lock, statement=statement, read_only=read_only)
+            connection.execute(_BOUNDS, {**bounds, "lasting": lasting})
+            yield connection
+            done = not read_only
+    except DatabaseGone as gone:
+        if done:
+            raise Unheard(
+                "the database ended the connection in the midst of a commit: what was asked for may be done; look "
+                "before you ask again"
+            ) from gone
+        raise
 
 
 def _begin(connection: sa.Connection, first: str | None, *, read_only: bool) -> None:
@@ -244,16 +263,6 @@ def _lost(error: exc.DBAPIError | psycopg.Error, cause: object) -> bool:
 def driver(connection: sa.Connection) -> psycopg.Connection[Any]:
     """The psycopg connection beneath, for COPY; it shares the transaction."""
     return cast("psycopg.Connection[Any]", connection.connection.driver_connection)
-
-
-def durable(connection: sa.Connection) -> None:
-    """Let the commit of this transaction wait for the disk, whatever the role or database has as its default."""
-    connection.execute(_DURABLE)
-
-
-_DURABLE = sa.text(
-    "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'"
-)
 
 
 def copy_statement(connection: sa.Connection, query: sa.Select[Any]) -> tuple[bytes, dict[str, Any]]:

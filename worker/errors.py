@@ -69,6 +69,12 @@ class DatabaseGone(Transient):
     """The database cannot be reached, or ended our connection."""
 
 
+class Unheard(DatabaseGone):
+    """The connection ended while a change was committed: it was made or not, and nobody has heard which."""
+
+    exit_code = Exit.UNKEPT
+
+
 class Waits(Transient):
     """A run can only go on when somebody outside has done something; the message says what."""
 

@@ -56,6 +56,32 @@ def statements(layout: Layout, role: str, jobs: Sequence[type[Job]]) -> Iterator
         yield f"GRANT pg_read_all_data TO {to}"
 
 
+def on_ledger(*, keys: bool) -> Iterator[tuple[str, str, str | None]]:
+    """Verb, table and column (None: all of them) of what these statements give of the ledger."""
+    verbs = {
+        "SELECT": (*_APPENDED, *_ENTERED, *_COUNTED, *_KEYS, *_READ),
+        "INSERT": (*_APPENDED, *_ENTERED),
+        "UPDATE": (*_ENTERED, *_COUNTED),
+    }
+    if keys:
+        verbs = {verb: (*names, *_KEYS, _PASSING) for verb, names in verbs.items()} | {"DELETE": (_PASSING,)}
+    for verb, names in verbs.items():
+        for name in names:
+            yield verb, name, None
+    yield "UPDATE", "anchors", "locked_until"
+
+
+def of_every_run(layout: Layout) -> Iterator[Right]:
+    """What every run needs of the host's tables: to tell each company, in one activity row, what it did."""
+    yield Right(verb="SELECT", table=layout.companies, columns=("id",))
+    activity = layout.logs["activity_log"].table
+    details = "details" if "details" in activity.c else "metadata"
+    yield Right(verb="INSERT", table=activity)
+    # A resumed run brings the details of its one row up to date.
+    yield Right(verb="UPDATE", table=activity, columns=(details,))
+    yield Right(verb="SELECT", table=activity, columns=("id", details))
+
+
 def _quote(name: str) -> str:
     quoted: str = postgresql.dialect().identifier_preparer.quote(name)  # type: ignore[no-untyped-call]
     # Doubled for the driver, which does not see these statements.
@@ -67,17 +93,12 @@ def _ledger(*names: str) -> str:
 
 
 def _everyone(layout: Layout) -> Iterator[Right]:
-    """What every run needs: to tell the layout, to find what an operator names, to leave its activity row."""
+    """What every job and operator needs: to tell the layout, to find what is named, and what every run needs."""
     yield from may_read(layout.landmarks)
     for subject in layout.subjects.values():
         columns = (subject.key.name, *(name.name for name in subject.names))
         yield Right(verb="SELECT", table=subject.key.table, columns=columns)
-    activity = layout.logs["activity_log"].table
-    details = "details" if "details" in activity.c else "metadata"
-    yield Right(verb="INSERT", table=activity)
-    # A resumed run brings the details of its one row up to date.
-    yield Right(verb="UPDATE", table=activity, columns=(details,))
-    yield Right(verb="SELECT", table=activity, columns=("id", details))
+    yield from of_every_run(layout)
 
 
 def _merged(rights: Iterable[Right]) -> dict[tuple[str, str], frozenset[str]]:

@@ -13,7 +13,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from worker import anchors, archive, audit, db, layouts, ledger, ledger_shards, params, registry
-from worker.errors import Refused
+from worker.errors import Refused, Unheard
 from worker.job import REHEARSAL, Job, Overdue
 from worker.means import Means
 from worker.nullstore import NullStore
@@ -123,20 +123,27 @@ class Operations:
         now = now or self.now()
         with self._checked(job, now) as means:
             job.admit(means)
-        with self._entering() as connection:
-            ledger.require(connection)
-            return ledger.create(
-                connection,
-                job=job.name,
-                params=params.to_json(job),
-                exclusion=job.exclusion,
-                layout=layouts.detect(connection).name,
-                now=now,
-                actor=actor,
-                via=via,
-                reason=reason,
-                plan_hash=approved,
-            )
+        try:
+            with self._entering() as connection:
+                ledger.require(connection)
+                run = ledger.create(
+                    connection,
+                    job=job.name,
+                    params=params.to_json(job),
+                    exclusion=job.exclusion,
+                    layout=layouts.detect(connection).name,
+                    now=now,
+                    actor=actor,
+                    via=via,
+                    reason=reason,
+                    plan_hash=approved,
+                )
+        except Unheard as fault:
+            raise Unheard(
+                f"the database ended the connection while run {run} was entered, which may be done; "
+                f"`runs show {run}` says so once it answers, and `runs stop` ends the run"
+            ) from fault
+        return run
 
     def require_free(self, job: Job) -> None:
         """Raise UnderWay when another run of the same exclusion is under way."""

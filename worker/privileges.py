@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from worker import discovery, grants, ledger
+from worker.errors import LedgerMissing, Refused
 from worker.ledger import SCHEMA
 
 if TYPE_CHECKING:
@@ -17,27 +20,56 @@ _LACKING = sa.text("""
 SELECT DISTINCT wanted.verb, wanted.name
 FROM unnest(CAST(:verbs AS text[]), CAST(:names AS text[]), CAST(:columns AS text[])) AS wanted (verb, name, part)
 JOIN pg_catalog.pg_class relation ON relation.relname = wanted.name AND relation.relkind IN ('r', 'p')
-JOIN pg_catalog.pg_namespace space ON space.oid = relation.relnamespace AND space.nspname = 'public'
+JOIN pg_catalog.pg_namespace space ON space.oid = relation.relnamespace AND space.nspname = :schema
 LEFT JOIN pg_catalog.pg_attribute attribute ON attribute.attrelid = relation.oid AND attribute.attname = wanted.part
      AND NOT attribute.attisdropped
 WHERE CASE WHEN wanted.part IS NULL THEN NOT has_table_privilege(relation.oid, wanted.verb)
       ELSE NOT has_column_privilege(relation.oid, attribute.attnum, wanted.verb) END
 ORDER BY wanted.name, wanted.verb
 """)
-_NO_LEDGER = sa.text("""
-SELECT NOT has_schema_privilege(oid, 'USAGE') FROM pg_catalog.pg_namespace WHERE nspname = :schema
+_SHUT = sa.text("""
+SELECT nspname FROM pg_catalog.pg_namespace
+WHERE nspname IN (:schema, 'public') AND NOT has_schema_privilege(oid, 'USAGE') ORDER BY nspname
 """)
+# Without it a replica that is behind is not seen, and no run rests for it.
+_STATS = "pg_read_all_stats"
 
 
 def lacking(connection: sa.Connection, job: type[Job], layout: Layout) -> list[str]:
-    """`VERB on table` for each right of the job that this role lacks, and the ledger where that is closed to it."""
-    wanted = [
-        (right.verb, right.table.name, column)
-        for right in job.rights(layout)
-        for column in (right.columns or (None,))
-    ]
-    verbs, names, columns = (list(part) for part in zip(*wanted, strict=True)) if wanted else ([], [], [])
-    rows = connection.execute(_LACKING, {"verbs": verbs, "names": names, "columns": columns})
-    found = [f"{verb} on {name}" for verb, name in rows]
-    shut = connection.scalar(_NO_LEDGER, {"schema": SCHEMA})
-    return [*(["USAGE on schema " + SCHEMA] if shut else []), *found]
+    """What this role lacks of what `db grants` gives for runs of the job, and the ledger where that is not there."""
+    shut = list(connection.scalars(_SHUT, {"schema": SCHEMA}))
+    found = [f"USAGE on schema {name}" for name in shut]
+    if SCHEMA not in shut:
+        wanted = grants.on_ledger(keys=job.reads_everything)
+        found += [f"{verb} on {SCHEMA}.{name}" for verb, name in _lacking(connection, SCHEMA, wanted)]
+        found = found or _ledger(connection)
+    rights = [*grants.of_every_run(layout), *job.rights(layout)]
+    host = ((right.verb, right.table.name, column) for right in rights for column in right.columns or (None,))
+    found += [f"{verb} on {name}" for verb, name in _lacking(connection, "public", host)]
+    if not connection.scalar(sa.select(sa.func.pg_has_role(_STATS, "USAGE"))):
+        found.append(_STATS)
+    return found + (_unread(connection, layout) if job.reads_everything else [])
+
+
+def _lacking(
+    connection: sa.Connection, schema: str, wanted: Iterable[tuple[str, str, str | None]]
+) -> list[tuple[str, str]]:
+    verbs, names, columns = (list(part) for part in zip(*wanted, strict=True))
+    given = {"schema": schema, "verbs": verbs, "names": names, "columns": columns}
+    return [(verb, name) for verb, name in connection.execute(_LACKING, given)]
+
+
+def _ledger(connection: sa.Connection) -> list[str]:
+    try:
+        ledger.require(connection)
+    except LedgerMissing:
+        return ["the ledger of this release (`db init`)"]
+    return []
+
+
+def _unread(connection: sa.Connection, layout: Layout) -> list[str]:
+    try:
+        discovery.tables(connection, layout, ())
+    except Refused:
+        return ["SELECT on every table (pg_read_all_data)"]
+    return []

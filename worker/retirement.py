@@ -205,8 +205,10 @@ class Retiring:
                 removed = keyfile.remove(self._source.path, [self._keys[one.old_key] for one in due])
         for one in due:
             masterkeys.destroy(self._connection, one, by=self._means.entered)
-        for _, aside in asides(self._connection, self._layout, self._means.entered):
-            aside.clear()
+        if self.swept:
+            # Else nothing was made ready, and the workers' own role may not even look where that would be.
+            for _, aside in asides(self._connection, self._layout, self._means.entered):
+                aside.clear()
         return {"retired": [one.old_key for one in due], "files_removed": removed}
 
     def _require_none_left(self, due: Sequence[Rotation]) -> None:

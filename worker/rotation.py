@@ -20,7 +20,6 @@ from worker import (
     audit,
     census,
     cutover,
-    db,
     discovery,
     keychain,
     keyfile,
@@ -150,8 +149,6 @@ class Rotating:
         new = self.keys.new or self._generated()
         if job.file and self.keys.source.path is not None:
             keyfile.stage(self.keys.source.path, new, masterkeys.staged_name(self._run))
-        # The only copy of the old key, once the key file has another.
-        db.durable(self._connection)
         self._connection.execute(sa.delete(RESEALED))
         derived = issubclass(CODECS[self._layout.scheme], Pbkdf2)
         masterkeys.begin(
@@ -285,7 +282,6 @@ class Rotating:
         )
         # Our note holds the journal's row: whoever retires a key from here on waits for our commit.
         prerequisites.require_way(self._connection, self.keys, self._journal)
-        db.durable(self._connection)
         if self._file:
             cutover.swap_file(self.keys, self._journal)
         return tally

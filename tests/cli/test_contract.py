@@ -35,7 +35,19 @@ from tests.cli.helpers import (
     world,
 )
 from tests.conftest import ROOT, Deployment
-from worker import app, audit, brokers, canonical, config, params, registry, standing, timetable
+from worker import (
+    app,
+    audit,
+    brokers,
+    canonical,
+    config,
+    grants,
+    params,
+    privileges,
+    registry,
+    standing,
+    timetable,
+)
 from worker.layouts import LAYOUTS
 from worker.operations import Operations
 
@@ -506,15 +518,45 @@ def test_a_role_without_rights_is_told_what_it_lacks(deployment: Deployment) -> 
     url = urlsplit(deployment.environment["DATABASE_URL"])
     bare = {"DATABASE_URL": f"postgres://{name}:pw@{url.netloc.rpartition('@')[2]}{url.path}"}
     refused(deployment, "db", "init", says="may not make the ledger; run `db init` as the database's owner", env=bare)
-    found = json.loads(deployment.cli("db", "check", "--json", env=bare).stdout)
-    assert set(found["jobs"]) == set(registry.jobs())
-    assert all(lacks[0] == "USAGE on schema paperclip_worker" for lacks in found["jobs"].values())
-    assert {"DELETE on activity_log", "SELECT on activity_log"} <= set(found["jobs"]["prune-logs"])
-    assert not any("on issues" in one for one in found["jobs"]["retire-master-key"])
+    done = deployment.cli("db", "check", "--json", ok=False, env=bare)
+    found = json.loads(done.stdout)["jobs"]
+    assert done.returncode == 1
+    assert done.stderr.startswith("paperclip-worker: what the schedule starts would be refused: archive-tasks lacks ")
+    assert len(done.stderr.splitlines()) == 1
+    assert set(found) == set(registry.jobs())
+    assert all(lacks[0] == "USAGE on schema paperclip_worker" for lacks in found.values())
+    assert {"DELETE on activity_log", "SELECT on activity_log"} <= set(found["prune-logs"])
+    assert not any("on issues" in one for one in found["retire-master-key"])
     deployment.query(deployment.cli("db", "grants", "--role", name).stdout)
-    found = json.loads(deployment.cli("db", "check", "--json", env=bare).stdout)
+    found = json.loads(deployment.cli("db", "check", "--json", env=bare).stdout)["jobs"]
     # What handles the master key is granted only when it is named.
-    assert {job for job, lacks in found["jobs"].items() if lacks} == {"rotate-master-key", "retire-master-key"}
+    assert {job for job, lacks in found.items() if lacks} == {"rotate-master-key", "retire-master-key"}
+
+
+@pytest.mark.parametrize("name", ["prune-logs", "restore-logs", "archive-tasks", "rotate-master-key"])
+def test_a_job_lacks_something_until_the_last_of_its_grants(released: Deployment, name: str) -> None:
+    role = f"bare_{released.environment['DATABASE_URL'].rpartition('/')[2]}"
+    url = urlsplit(released.environment["DATABASE_URL"])
+    released.query(f"CREATE ROLE {role} LOGIN PASSWORD 'pw'")
+    bare = {"DATABASE_URL": f"postgres://{role}:pw@{url.netloc.rpartition('@')[2]}{url.path}"}
+    humble = Operations(config.load({**released.environment, **bare}))
+    released.opened.append(humble)
+    layout, job = LAYOUTS[released.layout], registry.job(name)
+    for statement in grants.statements(layout, role, [job]):
+        with humble.transaction(read_only=True) as connection:
+            assert privileges.lacking(connection, job, layout), statement
+        released.query(statement)
+    with humble.transaction(read_only=True) as connection:
+        assert privileges.lacking(connection, job, layout) == []
+
+
+def test_a_database_without_its_ledger_has_no_job_that_is_ready(released: Deployment) -> None:
+    released.query("DROP SCHEMA paperclip_worker CASCADE")
+    done = released.cli("db", "check", "--json", ok=False)
+    assert done.returncode == 1
+    assert all(
+        lacks == ["the ledger of this release (`db init`)"] for lacks in json.loads(done.stdout)["jobs"].values()
+    )
 
 
 def test_the_printed_grants_are_enough_and_no_more(deployment: Deployment) -> None:
@@ -537,6 +579,8 @@ def test_the_printed_grants_are_enough_and_no_more(deployment: Deployment) -> No
     for table in logs:
         done = deployment.cli(*INLINE, "--without-archive", "--older-than", "20d", "--table", table, env=least)
         assert done.stderr == ""
+    # It is on the schedule of every deployment, and without a rotation there is nothing for it to read.
+    deployment.cli("run", "retire-master-key", "--inline", "--yes", env=least)
     run = deployment.cli(*PRUNE, "--yes", "--detach", env=least).stdout.strip()
     deployment.cli("runs", "stop", run, env=least)
     deployment.cli("runs", "resume", run, "--inline", env=least)

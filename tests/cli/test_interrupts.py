@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -18,18 +22,21 @@ import pytest
 from tests.cli.helpers import INLINE, PRUNE, check_refusal, world
 from tests.conftest import ROOT, Deployment
 from tests.faults.evidence import check_kept, rows, wait
+from worker import embedded
 from worker.runner import Outcome
 
 CLI = (sys.executable, str(ROOT / "cli.py"))
 
 
 @contextmanager
-def _started(deployment: Deployment, *words: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
+def _started(
+    deployment: Deployment, *words: str, env: Mapping[str, str] = {}, **settings: str
+) -> Iterator[subprocess.Popen[str]]:
     """The command line as a process of its own, without a terminal."""
     extra = {f"PAPERCLIP_WORKER_{name.upper()}": value for name, value in settings.items()}
     with subprocess.Popen(
         [*CLI, *words],
-        env=deployment.process_environment() | extra,
+        env=deployment.process_environment() | extra | dict(env),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -39,6 +46,62 @@ def _started(deployment: Deployment, *words: str, **settings: str) -> Iterator[s
             yield process
         finally:
             process.kill()
+
+
+class _Relay:
+    """A way to PostgreSQL that can be shut, or that loses the answer to the commit after some statement."""
+
+    def __init__(self, url: str, statement: bytes | None) -> None:
+        parts = urlsplit(url)
+        self._to, self._statement = (parts.hostname, parts.port), statement
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        login = parts.netloc.rpartition("@")[0]
+        self.url = parts._replace(netloc=f"{login}@127.0.0.1:{self._listener.getsockname()[1]}").geturl()
+        self._open: list[socket.socket] = [self._listener]
+        Thread(target=self._accept, daemon=True).start()
+
+    def shut(self) -> None:
+        for one in self._open:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self._to)
+                self._open += [client, server]
+                Thread(target=self._ask, args=(client, server), daemon=True).start()
+
+    def _ask(self, client: socket.socket, server: socket.socket) -> None:
+        Thread(target=self._answer, args=(server, client), daemon=True).start()
+        seen = False
+        with suppress(OSError):
+            while data := client.recv(65_536):
+                seen = seen or (self._statement is not None and self._statement in data)
+                if seen and b"COMMIT" in data:
+                    client.shutdown(socket.SHUT_RDWR)
+                server.sendall(data)
+        with suppress(OSError):
+            server.shutdown(socket.SHUT_WR)
+
+    @staticmethod
+    def _answer(server: socket.socket, client: socket.socket) -> None:
+        with suppress(OSError):
+            while data := server.recv(65_536):
+                client.sendall(data)
+        with suppress(OSError):
+            client.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def _relay(deployment: Deployment, statement: str | None = None) -> Iterator[tuple[dict[str, str], _Relay]]:
+    made = _Relay(deployment.environment["DATABASE_URL"], statement.encode() if statement else None)
+    try:
+        yield {"DATABASE_URL": made.url}, made
+    finally:
+        made.shut()
 
 
 def _bites(deployment: Deployment) -> int:
@@ -100,6 +163,88 @@ def test_ctrl_c_while_following_says_that_the_run_goes_on(released: Deployment) 
     assert err == f"detached; the run goes on: paperclip-worker runs watch {result['run']}\n"
     run = released.operations.find(result["run"]).id
     assert released.operations.runner().work(run, seconds=60) is Outcome.SETTLED
+
+
+def test_ctrl_c_while_a_run_is_sent_does_not_say_that_nothing_was_started(
+    released: Deployment, servers: embedded.Embedded
+) -> None:
+    """Redis hangs, and the run is in the ledger already: workers would take it up."""
+    says = r"run \S+ is entered, and workers take it up; `runs watch \S+` follows it, `runs stop \S+` ends it"
+    with psycopg.connect(released.environment["DATABASE_URL"]) as holder:
+        holder.execute("SELECT pg_advisory_xact_lock(hashtextextended('paperclip-worker:runs', 0))")
+        with _started(released, *PRUNE, "--yes", "--detach") as process:
+            waits = "SELECT count(*) > 0 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            wait(lambda: released.query(waits)[0][0])
+            servers.redis.freeze()
+            try:
+                holder.rollback()
+                wait(lambda: released.query("SELECT count(*) > 0 FROM paperclip_worker.runs")[0][0])
+                time.sleep(0.5)
+                process.send_signal(signal.SIGINT)
+                out, err = process.communicate(timeout=30)
+            finally:
+                servers.redis.thaw()
+    ((run,),) = released.query("SELECT id::text FROM paperclip_worker.runs")
+    done = subprocess.CompletedProcess([], process.returncode, out, err.lstrip("\n"))
+    line = check_refusal(done, says=says, status=1)
+    assert line.count(run) == 3
+
+
+@pytest.mark.long
+def test_a_database_that_goes_while_a_run_is_followed_is_no_refusal(released: Deployment) -> None:
+    """Status 2 says that nothing was changed. A minute each: so long it may stay away."""
+    for words in ((*PRUNE, "--yes"), INLINE):
+        with _relay(released) as (env, relay), _started(released, *words, env=env, bite_rows="5") as process:
+            wait(lambda: released.query("SELECT count(*) > 0 FROM paperclip_worker.runs")[0][0])
+            relay.shut()
+            out, err = process.communicate(timeout=120)
+        ((run,),) = released.query("SELECT id::text FROM paperclip_worker.runs")
+        done = subprocess.CompletedProcess([], process.returncode, out, err)
+        check_refusal(done, says=f"run {run} is entered, and `runs show {run}` says how it stands: ", status=1)
+        released.query("DELETE FROM paperclip_worker.bites; DELETE FROM paperclip_worker.shards")
+        released.query("DELETE FROM paperclip_worker.objects; DELETE FROM paperclip_worker.runs")
+
+
+def test_a_commit_whose_answer_is_lost_is_no_refusal(released: Deployment) -> None:
+    """What was asked for is done, and who asked hears that it may be."""
+    for words, table in (
+        ((*PRUNE, "--yes", "--detach"), "runs"),
+        (("holds", "add", "--table", "activity_log", "--reason", "r"), "holds"),
+    ):
+        with _relay(released, f"INSERT INTO paperclip_worker.{table}") as (env, _):
+            done = released.cli(*words, ok=False, env=env)
+        ((found,),) = released.query(f"SELECT id::text FROM paperclip_worker.{table}")
+        says = f"run {found} .*may be done; `runs show {found}`" if table == "runs" else "may be done; look before"
+        check_refusal(done, says=says, status=1)
+
+
+def test_a_reader_that_goes_ends_a_command_as_other_tools_end(released: Deployment) -> None:
+    for words in (("runs", "list"), ("--help",), ("db", "check", "--json"), ("runs", "show", "none")):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "wb") as gone:
+            done = subprocess.run(
+                [*CLI, *words],
+                env=released.process_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=gone if words[-1] != "none" else subprocess.DEVNULL,
+                stderr=subprocess.PIPE if words[-1] != "none" else gone,
+                check=False,
+            )
+        assert (done.returncode, done.stderr or b"") == (-signal.SIGPIPE, b""), words
+
+
+def test_without_a_stdout_commands_do_what_they_do(released: Deployment) -> None:
+    released.cli(*INLINE)
+    for words in (("receipts", "show", "1"), ("runs", "list"), ("keys", "list"), ("receipts", "verify")):
+        done = subprocess.run(
+            ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *CLI, *words],
+            env=released.process_environment(),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, b""), words
 
 
 def test_without_a_stdin_there_is_nobody_to_ask(released: Deployment) -> None:

@@ -65,6 +65,11 @@ _SETTINGS: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
         "BROKER_URL: the broker does not answer, or refuses the login",
     ),
     "no port of a broker": ({"PAPERCLIP_WORKER_BROKER_URL": "redis://h:99999/0"}, ("beat",), "BROKER_URL must be a"),
+    "a broker of Celery's own": (
+        {"CELERY_BROKER_URL": "redis://:hunter2@127.0.0.1:1/0"},
+        ("ping",),
+        "CELERY_BROKER_URL would send Celery to another broker",
+    ),
     "a port in words": ({"PAPERCLIP_WORKER_BROKER_URL": "redis://h:abc/0"}, ("ping",), "BROKER_URL must be a redis"),
     "no number of a database": (
         {"PAPERCLIP_WORKER_BROKER_URL": "redis://h:1/abc"},

@@ -26,17 +26,22 @@ VALUES ('{_RUN}', 1, 0, 1, 1, 1, 700), ('{_RUN}', 1, 0, 2, 1, 1, 50);
 """
 
 
-def test_seconds_of_bites_are_kept_and_due_times_count_from_the_upgrade(
-    fresh_database: Callable[..., str], make_deployment: Callable[..., Deployment]
-) -> None:
-    deployment = make_deployment(fresh_database(), "paperclip")
-    engine = deployment.operations.engine
+def _make(engine: sa.Engine, version: str) -> None:
+    """The ledger as an earlier release made it."""
     with engine.begin() as connection:
         connection.execute(sa.schema.CreateSchema(ledger.SCHEMA))
         config = Config()
         config.set_main_option("script_location", "worker:migrations")
         config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
+        command.upgrade(config, version)
+
+
+def test_seconds_of_bites_are_kept_and_due_times_count_from_the_upgrade(
+    fresh_database: Callable[..., str], make_deployment: Callable[..., Deployment]
+) -> None:
+    deployment = make_deployment(fresh_database(), "paperclip")
+    engine = deployment.operations.engine
+    _make(engine, "0001")
     deployment.query(_FIRST)
     before = datetime.now(UTC)
     ledger.init(engine)
@@ -44,6 +49,19 @@ def test_seconds_of_bites_are_kept_and_due_times_count_from_the_upgrade(
     assert deployment.query(query) == [(0, 750), (1, 0)]
     ((born,),) = deployment.query("SELECT born FROM paperclip_worker.chain")
     assert before <= born <= datetime.now(UTC)
+
+
+def test_a_ledger_of_the_release_before_is_brought_to_this_one_first(
+    fresh_database: Callable[..., str], make_deployment: Callable[..., Deployment]
+) -> None:
+    """And from then on that release refuses it: its settlements remove manifests that our receipts name."""
+    deployment = make_deployment(fresh_database(), "paperclip")
+    engine = deployment.operations.engine
+    _make(engine, "0005")
+    check_refusal(deployment.cli("runs", "list", ok=False), says="of an older release; run .*db init", status=2)
+    ledger.init(engine)
+    assert deployment.query("SELECT version_num > '0005' FROM paperclip_worker.alembic_version") == [(True,)]
+    deployment.cli("runs", "list")
 
 
 def test_two_at_once_make_one_ledger(

@@ -7,9 +7,9 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -276,6 +276,48 @@ def test_a_changed_crontab_or_timezone_is_first_due_at_its_next_due_time(
         "0 6 * * *" if "crontab" in changed else schedules.SCHEDULE[ACTIVITY].crontab
     )
     assert not _launched(broker)
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, datetime], None]:
+    """A function that sets the clock of a Celery app, which tells it by the app's timezone."""
+
+    def put(celery: Any, moment: datetime) -> None:
+        monkeypatch.setattr(celery, "now", lambda: moment.astimezone(celery.timezone), raising=False)
+
+    return put
+
+
+@pytest.mark.parametrize("minutes", [-30, 30], ids=["before the hour that comes twice", "within it"])
+def test_the_hour_that_comes_twice_makes_nothing_late_and_nothing_due_again(
+    released: Deployment, broker: redis.Redis, at: Callable[[Any, datetime], None], minutes: int
+) -> None:
+    """On 25 October 2026 the clocks of Berlin go from 03:00 back to 02:00, at 01:00 UTC."""
+    changes = datetime(2026, 10, 25, 1, tzinfo=UTC)
+    begins = changes + timedelta(minutes=minutes)
+    with _scheduler(released, timezone="Europe/Berlin", backlog_every="900") as scheduler:
+        at(scheduler.app, begins)
+        scheduler.tick()
+        sent = Counter[str]()
+        for seconds in range(0, 3600, 30):
+            at(scheduler.app, begins + timedelta(seconds=seconds))
+            scheduler.tick()
+        for text in broker.lrange(app.QUEUE, 0, -1):
+            sent[json.loads(text)["headers"]["task"].rpartition(".")[2]] += 1
+    assert sent.pop("launch", 0) <= 1
+    # Once a minute and once a quarter of an hour, as in any other hour.
+    assert sent == {"rescue": pytest.approx(59, abs=2), "measure": pytest.approx(3, abs=1)}
+
+
+def test_on_the_day_of_25_hours_an_entry_is_sent_at_its_due_time(
+    released: Deployment, broker: redis.Redis, at: Callable[[Any, datetime], None]
+) -> None:
+    due = datetime(2026, 10, 25, 2, 15, tzinfo=UTC)  # 03:15 in Berlin, where it was summer the day before
+    with _scheduler(released, timezone="Europe/Berlin", backlog_every="0") as scheduler:
+        for moment, sent in ((due - timedelta(hours=14), 0), (due - timedelta(minutes=1), 0), (due, 1)):
+            at(scheduler.app, moment)
+            scheduler.tick()
+            assert _launched(broker)[ACTIVITY] == sent, moment
 
 
 # -- the launch -----------------------------------------------------------------------------------------

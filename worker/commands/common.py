@@ -101,7 +101,7 @@ def login() -> str:
 
 def require_answer(*, yes: bool, as_json: bool, what: str, other: str = "") -> None:
     """Refused, before anything is shown, where nobody could answer and no option has answered already."""
-    if not yes and (as_json or not _terminal(sys.stdin)):
+    if not yes and (as_json or not terminal(sys.stdin)):
         raise Refused(f"{what}: look at it first, then confirm with --yes{other}")
 
 
@@ -125,11 +125,11 @@ def on_one_line(text: str) -> str:
 
 def talk(text: str) -> None:
     """Say something to a person at a terminal; scripts see nothing of it."""
-    if _terminal(sys.stderr):
+    if terminal(sys.stderr):
         click.echo(text, err=True)
 
 
-def _terminal(stream: IO[str] | None) -> bool:
+def terminal(stream: IO[str] | None) -> bool:
     """Whether a person is at the other end; a stream that was closed before the start is None."""
     return stream is not None and stream.isatty()
 
@@ -152,6 +152,21 @@ def size(value: int) -> str:
 def exit_status(state: str) -> Exit:
     """The exit status of a run that has settled in this state."""
     return Exit.KEPT if state == "kept" else Exit.UNKEPT
+
+
+@contextmanager
+def entered(run: UUID) -> Iterator[None]:
+    """From here on there is a run, which may go on: whatever cuts the command off now is no refusal."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"run {run} is entered, and workers take it up; `runs watch {run}` follows it, `runs stop {run}` ends it"
+        ) from None
+    except WorkerError as error:
+        if error.exit_code is Exit.UNKEPT:
+            raise
+        raise WorkerError(f"run {run} is entered, and `runs show {run}` says how it stands: {error}") from error
 
 
 @contextmanager
@@ -178,9 +193,18 @@ def follow(deployment: Operations, run: UUID) -> bool:
 
     with _ctrl_c() as asked:
         try:
-            return wait(deployment, run, show=_terminal(sys.stderr), leave=asked)
+            return wait(deployment, run, show=terminal(sys.stderr), leave=asked)
         except KeyboardInterrupt:
             return False
+
+
+def left(deployment: Operations, run: UUID, *, as_json: bool) -> Exit:
+    """Print the run that its operator leaves to the workers."""
+    if as_json:
+        print_json(deployment.result(run))
+    else:
+        click.echo(str(run))
+    return Exit.KEPT
 
 
 def detached(deployment: Operations, run: UUID, *, as_json: bool) -> Exit:

@@ -37,21 +37,24 @@ def init(as_json: bool) -> None:
 def check(as_json: bool) -> int:
     """Compare the live database with the catalogue: what is missing, unknown or changed, and what each job lacks.
 
-    A job lacks tables, columns, or privileges of the role (see `db grants`). Exit status 1 when something is missing
-    or changed. Unknown tables and columns are never touched; class your own in a TOML file named by
-    PAPERCLIP_WORKER_CATALOGUE_FILE.
+    A job lacks the ledger, tables, columns, or privileges of the role (see `db grants`). Exit status 1 when something
+    is missing or changed, or when a job that the schedule starts lacks something; but for those of the master key,
+    which are for a role of their own. Unknown tables and columns are never touched; class your own in a TOML file
+    named by PAPERCLIP_WORKER_CATALOGUE_FILE.
     """
-    from worker import layouts
+    from worker import layouts, timetable
     from worker.layouts import catalogue
 
     deployment = common.operations()
+    times = timetable.load(deployment.settings)
     with deployment.transaction(scan=True, read_only=True) as connection:
         layout = layouts.detect(connection)
         facts = catalogue.load(layout.name, deployment.settings.catalogue_file)
         live = catalogue.live_schema(connection)
         drift = catalogue.compare(facts, live)
         jobs = _jobs(layout.name, connection)
-    broken = bool(drift.missing or drift.changed)
+    scheduled = {one.job.name for one in times.on(layout).enabled.values() if not one.job.reads_everything}
+    unready = [f"{job} lacks {', '.join(jobs[job])}" for job in sorted(scheduled) if jobs[job]]
     if as_json:
         found = {name: list(getattr(drift, name)) for name in ("missing", "unknown", "changed")}
         common.print_json({"layout": layout.name, "tables": len(facts.tables), **found, "jobs": jobs})
@@ -62,13 +65,15 @@ def check(as_json: bool) -> int:
                 click.echo(f"{name}\t{item}")
         for job, lacks in jobs.items():
             click.echo(f"job\t{job}\t{'ready' if not lacks else 'lacks ' + ', '.join(lacks)}")
-    if broken:
-        click.echo(
-            f"paperclip-worker: the database differs from the catalogue: {len(drift.missing)} missing, "
-            f"{len(drift.changed)} changed",
-            err=True,
-        )
-    return Exit.UNKEPT if broken else Exit.KEPT
+    faults = []
+    if drift.missing or drift.changed:
+        numbers = f"{len(drift.missing)} missing, {len(drift.changed)} changed"
+        faults.append(f"the database differs from the catalogue: {numbers}")
+    if unready:
+        faults.append(f"what the schedule starts would be refused: {'; '.join(unready)}")
+    if faults:
+        click.echo("paperclip-worker: " + "; ".join(faults), err=True)
+    return Exit.UNKEPT if faults else Exit.KEPT
 
 
 def _jobs(layout: str, connection: object) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ import click
 
 from worker import params, registry
 from worker.commands import common
-from worker.errors import Exit, Refused
+from worker.errors import Refused
 
 if TYPE_CHECKING:
     from worker.job import Job
@@ -166,18 +166,15 @@ def start(
         now=now,
         approved=approved,
     )
-    send(run)
-    if detach:
-        if as_json:
-            common.print_json(deployment.result(run))
-        else:
-            click.echo(str(run))
-        return Exit.KEPT
-    if inline:
-        common.work_inline(deployment, run)
-    elif not common.follow(deployment, run):
-        return common.detached(deployment, run, as_json=as_json)
-    return common.report(deployment, run, as_json=as_json)
+    with common.entered(run):
+        send(run)
+        if detach:
+            return common.left(deployment, run, as_json=as_json)
+        if inline:
+            common.work_inline(deployment, run)
+        elif not common.follow(deployment, run):
+            return common.detached(deployment, run, as_json=as_json)
+        return common.report(deployment, run, as_json=as_json)
 
 
 def _approve(deployment: Operations, job: Job, *, yes: bool, approved: str | None, as_json: bool) -> Any:

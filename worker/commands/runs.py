@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from worker.commands import common
-from worker.errors import Exit, Refused
+from worker.errors import Refused
 from worker.states import SETTLED, State
 
 
@@ -102,18 +102,15 @@ def resume(run: str, inline: bool, detach: bool, as_json: bool) -> int:
     deployment = common.operations(Need.SIGNING, *([] if inline else [Need.BROKER]))
     send = None if inline else common.broker(deployment)
     found = deployment.resume(run)
-    if send is None:
-        if common.work_inline(deployment, found.id) and deployment.find(str(found.id)).state not in SETTLED:
-            common.talk("another worker has the rest of it in hand")
-            common.follow(deployment, found.id)
-    else:
-        send(found.id)
-        if detach:
-            if as_json:
-                common.print_json(deployment.result(found.id))
-            else:
-                click.echo(str(found.id))
-            return Exit.KEPT
-        if not common.follow(deployment, found.id):
-            return common.detached(deployment, found.id, as_json=as_json)
-    return common.report(deployment, found.id, as_json=as_json)
+    with common.entered(found.id):
+        if send is None:
+            if common.work_inline(deployment, found.id) and deployment.find(str(found.id)).state not in SETTLED:
+                common.talk("another worker has the rest of it in hand")
+                common.follow(deployment, found.id)
+        else:
+            send(found.id)
+            if detach:
+                return common.left(deployment, found.id, as_json=as_json)
+            if not common.follow(deployment, found.id):
+                return common.detached(deployment, found.id, as_json=as_json)
+        return common.report(deployment, found.id, as_json=as_json)

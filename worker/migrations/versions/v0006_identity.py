@@ -1,4 +1,8 @@
-"""Which ledger this is, for what leaves the database: receipts, and the claim on a broker."""
+"""Which ledger this is, for what leaves the database: receipts, and the claim on a broker.
+
+Workers of 0.5.1 refuse a ledger of this version, and so are kept apart from runs of later ones: where they settle a
+run they remove from the bucket what they do not know, manifests that receipts name among it.
+"""
 
 from alembic import op
 
