@@ -14,6 +14,7 @@ SAYS = f"BROKER_URL: this database of Redis is another deployment's .ledger {OTH
 
 def test_a_second_deployment_is_refused(released: Deployment) -> None:
     with redis.Redis.from_url(released.environment["PAPERCLIP_WORKER_BROKER_URL"]) as client:
+        client.flushdb()
         client.set(brokers.CLAIM, OTHER)
         for words in ((*PRUNE, "--yes"), (*PRUNE, "--yes", "--detach"), ("beat",), ("worker",)):
             line = check_refusal(released.cli(*words, ok=False), says=SAYS, status=2)
