@@ -222,12 +222,12 @@ def driver(connection: sa.Connection) -> psycopg.Connection[Any]:
 
 
 def durable(connection: sa.Connection) -> None:
-    """Let the commit of this transaction wait for the disk, whatever the role or database has as its default."""
+    """Let the commit of this transaction wait for the server's disk, whatever role or database have as a default."""
     connection.execute(_DURABLE)
 
 
 _DURABLE = sa.text(
-    "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'"
+    "SELECT set_config('synchronous_commit', 'local', true) WHERE current_setting('synchronous_commit') = 'off'"
 )
 
 
