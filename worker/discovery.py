@@ -69,6 +69,9 @@ def tables(connection: sa.Connection, layout: Layout, allowed: Collection[str]) 
     for row in connection.execute(_COLUMNS):
         if f"{row.nspname}.{row.relname}.{row.attname}" in known:
             continue
+        if row.readable is None or row.blocks is None:
+            # Dropped, and still in the snapshot of this transaction.
+            continue
         new = {"schema": row.nspname, "table": row.relname, "blocks": row.blocks, "oid": row.oid, "file": row.file}
         spec = found.setdefault(row.oid, {**new, "columns": [], "unreadable": []})
         spec["columns" if row.readable else "unreadable"].append(row.attname)

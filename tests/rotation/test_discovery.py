@@ -11,7 +11,9 @@ from psycopg import sql
 from tests.cli.helpers import refused
 from tests.rotation import steps
 from tests.rotation.vault import Vault
+from worker import discovery
 from worker.errors import Refused
+from worker.layouts import LAYOUTS
 
 TALK = "The scheme is called local_encrypted_v1 (pbkdf2_aes_256_gcm_v1 in the guide); see the documentation."
 
@@ -146,6 +148,19 @@ def test_a_table_that_is_gone_when_its_turn_comes_is_no_fault(released_vault: Va
     runner.work(run, seconds=60, leave=lambda: next(told))
     vault.deployment.query("DROP SCHEMA plugin_x CASCADE")
     assert steps.work(vault, run)["kept"] is True
+
+
+def test_a_table_that_only_a_snapshot_still_has_is_nothing_to_look_into(released_vault: Vault) -> None:
+    """A run is laid out, and a key destroyed, in a snapshot; whatever the host drops meanwhile is none of theirs."""
+    vault = released_vault
+    _plant(vault, "public.notes.body", "text")
+    _plant(vault, "plugin_x.state.value", "jsonb")
+    with vault.deployment.operations.transaction() as connection:
+        vault.deployment.query("DROP TABLE notes; DROP SCHEMA plugin_x CASCADE")
+        there = {table["table"] for table in discovery.tables(connection, LAYOUTS["paperclip"], ())}
+        assert "issues" in there
+        assert not {"notes", "state"} & there
+        assert list(discovery.shards(connection, LAYOUTS["paperclip"], ()))
 
 
 def test_a_column_that_cannot_be_read_is_named(released_vault: Vault) -> None:

@@ -426,7 +426,7 @@ def _much(vault: Vault) -> None:
 
 
 def _done(vault: Vault, run: UUID, shard: str) -> bool:
-    query = "SELECT done FROM paperclip_worker.shards WHERE run_id = %s AND key = %s"
+    query = "SELECT done FROM paperclip_worker.shards WHERE run_id = %s AND key = %s ORDER BY stage LIMIT 1"
     return bool(vault.deployment.query(query, run, shard)[0][0])
 
 
