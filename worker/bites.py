@@ -78,6 +78,10 @@ class Bites:
         asked = run.waiting is not None and run.waiting == self._asked
         with self._transaction() as connection:
             pressure = self._throttle.pressure(connection)
+            if pressure and not ledger.goes_on(connection, run.id):
+                # Stopped meanwhile, or ended by another: whoever goes on to rest would never hear of it.
+                self.running = None
+                return True
             if pressure:
                 ledger.note_wait(connection, run.id, pressure.text, kind=pressure.kind, seconds=1)
             elif run.waiting and not asked:
