@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -209,6 +210,19 @@ def require_exact(objects: Sequence[ArchivedObject], tally: Tally) -> None:
 def manifest_key(root: str, sha256: str) -> str:
     """The name of a manifest: its digest's, so that none is ever written over another."""
     return f"{root}manifest-{sha256[:16]}.json"
+
+
+def is_manifest(key: str) -> bool:
+    """Whether a key is that of a manifest, of an earlier release too."""
+    return key.rpartition("/")[2].startswith("manifest") and key.endswith(".json")
+
+
+def named_in(manifest: bytes) -> set[str] | None:
+    """The keys of the objects that a manifest names; None where it is none of ours."""
+    try:
+        return {str(one["key"]) for one in json.loads(manifest)["objects"]}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def write_manifest(store: Store, root: str, facts: dict[str, Any], objects: list[ArchivedObject]) -> tuple[str, str]:

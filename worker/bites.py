@@ -80,6 +80,10 @@ class Bites:
         asked = run.waiting is not None and run.waiting == self._asked
         with self._transaction() as connection:
             pressure = self._throttle.pressure(connection)
+            if pressure and not ledger.goes_on(connection, run.id):
+                # Stopped meanwhile, or ended by another: whoever goes on to rest would never hear of it.
+                self.running = None
+                return True
             if pressure and not self._may_rest(connection, run):
                 pressure = None
             if pressure:

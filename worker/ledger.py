@@ -121,6 +121,11 @@ def get(connection: sa.Connection, run: UUID, *, hold: bool = False) -> Run | No
     return _run(row) if row else None
 
 
+def goes_on(connection: sa.Connection, run: UUID) -> bool:
+    """Whether bites of a run are to be taken."""
+    return connection.scalar(sa.select(RUNS.c.state).where(RUNS.c.id == run)) == State.RUNNING
+
+
 def recent(connection: sa.Connection, *, limit: int, state: State | None = None) -> list[Run]:
     """The newest runs first."""
     query = sa.select(RUNS).order_by(RUNS.c.created_at.desc()).limit(limit)

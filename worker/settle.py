@@ -9,7 +9,7 @@ from uuid import UUID, uuid5
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from worker import audit, db, ledger, ledger_shards
+from worker import audit, db, ledger, ledger_shards, livetable
 from worker.errors import DatabaseGone
 from worker.layouts.model import Activity
 from worker.logs import log
@@ -127,6 +127,8 @@ def _tell_companies(
     found = sa.select(sa.cast(known, sa.Text)).where(known.in_([UUID(company) for company in companies]))
     there = set(means.connection.scalars(found)) if companies else set()
     missing = {company: "the company is gone" for company in companies if company not in there}
+    if missing:
+        livetable.require_as_seen(means.connection, [means.layout.companies.name])
     for company in sorted(there):
         details = {
             "run": str(run.id),

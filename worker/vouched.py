@@ -38,23 +38,32 @@ def require(
     """
     own = str(ledger.identity(connection))
     signed = (_said(receipt, run, own, settings.signing_key_file) for receipt in _receipts(connection, run))
-    named = next((one for one in signed if "manifest" in one), None)
+    newest = next(signed)
+    named = newest if "manifest" in newest else next((one for one in signed if "manifest" in one), None)
     if named is None:
-        raise Refused(
-            f"no receipt of run {run.id} names the manifest of its archive, so nothing vouches for that; "
-            "`runs resume` has one written, also when the run is stopped again"
-        )
+        raise _unvouched(run)
     body = archive.read_manifest(store, named["manifest"], named["sha256"])
     listed = [one for one in json.loads(body)["objects"] if not companies or one["company"] in companies]
     known = {one["key"]: (one["sha256"], one["rows"]) for one in listed}
     for one in objects:
-        if known.pop(one.key, None) != (one.sha256, one.rows):
+        found = known.pop(one.key, None)
+        if found is None and named is not newest:
+            # Archived after that manifest; the bucket failed when the next was to be written.
+            raise _unvouched(run)
+        if found != (one.sha256, one.rows):
             raise ArchiveTampered(f"archive object {one.key} is not the one that the manifest names")
     if known:
         raise ArchiveTampered(
             f"the ledger lacks archive object {min(known)}, which the manifest of run {run.id} names: its rows "
             "would not come back"
         )
+
+
+def _unvouched(run: Run) -> Refused:
+    return Refused(
+        f"no receipt of run {run.id} names the manifest of its archive, so nothing vouches for that; "
+        "`runs resume` has one written, also when the run is stopped again"
+    )
 
 
 def _receipts(connection: sa.Connection, run: Run) -> list[Receipt]:

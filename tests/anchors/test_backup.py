@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,11 +12,39 @@ import pytest
 from tests.anchors.conftest import on
 from tests.cli.helpers import check_refusal, complete, keys
 from tests.conftest import Deployment
+from tests.faults.evidence import check_manifests
+from tests.faults.evidence import complete as take_up
+from tests.promises.archived import half, restore, store_of
 from worker import config, embedded
 from worker.operations import Operations
+from worker.storage import read_digest
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+
+def test_the_archive_of_receipts_that_the_database_lost_is_not_swept(
+    released: Deployment, fresh_database: Callable[..., str]
+) -> None:
+    """A run that is under way in the backup ends once more; what the manifest of its first end names stays whole."""
+    run = half(released)
+    for operations in released.opened:
+        operations.close()
+    backup = fresh_database(released.environment["DATABASE_URL"].rpartition("/")[2])
+    environment = released.environment | {"DATABASE_URL": backup}
+    released.opened.append(Operations(config.load(environment)))
+    back = replace(released, environment=environment, operations=released.opened[-1])
+    for one, bite_rows in ((released, "170"), (back, "130")):
+        small = one.with_settings(bite_rows=bite_rows)
+        small.resume(str(run))
+        take_up(small, run)
+        assert small.result(run)["kept"]
+    store = store_of(released)
+    for one in (released, back):
+        for manifest in check_manifests(one, run):
+            objects = json.loads(b"".join(store.read(manifest)))["objects"]
+            assert [each["key"] for each in objects if read_digest(store, each["key"]) != each["sha256"]] == []
+    assert restore(released, run)["rows"] == released.operations.result(run)["rows"]
 
 
 @pytest.mark.parametrize("noticed", [True, False], ids=["noticed at once", "noticed after a run"])

@@ -216,6 +216,28 @@ def test_an_archive_without_a_manifest(released: Deployment, monkeypatch: pytest
     assert content(released, "activity_log") == before
 
 
+def test_what_was_archived_after_the_last_manifest_is_not_called_tampered_with(
+    released: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run went on, and its next manifest could not be written: nothing vouches for the rest yet."""
+    run = half(released)
+    small = released.with_settings(bite_rows="50")
+    small.resume(str(run))
+    bites = iter(range(2))
+    small.runner().work(run, seconds=math.inf, leave=lambda: next(bites, None) is None)
+
+    def fail(*_: Any) -> str:
+        raise StorageFault("bucket: cannot be reached")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, "write_manifest", fail)
+        small.stop(str(run))
+    _demand(released, "--run", str(run), says=f"no receipt of run {run} names the manifest")
+    small.resume(str(run))
+    small.stop(str(run))
+    restore(released, run)
+
+
 def test_what_is_refused_as_a_run_is_refused_as_a_rehearsal(released: Deployment) -> None:
     run = prune(released)
     act, says = _HARM["manifest gone"]

@@ -84,3 +84,14 @@ def test_tasks_with_live_runs_stay_in_sight(released: Deployment) -> None:
         _beside(patient, run, commit)
     result = patient.result(run)
     assert (result["kept"], result["left"]) == (True, [one.to_json() for one in planned.left])
+
+
+def test_a_company_is_not_taken_for_gone(released: Deployment) -> None:
+    patient = released.with_settings(lock_timeout="20")
+    run = begin(patient)
+    patient.runner().work(run, seconds=math.inf, leave=lambda: patient.result(run)["state"] == "finishing")
+    with _migrated(released, "companies") as commit:
+        _beside(patient, run, commit)
+    result = patient.result(run)
+    assert result["kept"]
+    assert "activity_not_written" not in result["receipt"]["evidence"]
