@@ -69,6 +69,15 @@ _CANCELLED = (
 )
 
 
+_CASE = (
+    "INSERT INTO pipeline_cases (id, company_id, pipeline_id, stage_id, case_key, title, fields, version, "
+    "child_count, terminal_child_count) "
+    "VALUES (%(other)s, %(company)s, %(third)s, %(third)s, 'c', 'own', '{}', 1, 0, 0)",
+    "INSERT INTO pipeline_case_issue_links (company_id, case_id, issue_id, role) "
+    "VALUES (%(company)s, %(other)s, %(task)s, 'automation')",
+)
+
+
 def _status(table: str, status: str) -> str:
     return f"UPDATE {table} SET status = '{status}' WHERE id = %(other)s"
 
@@ -187,6 +196,15 @@ _CASES: dict[str, _Case] = {
         (_OPENED.format(name="third"), _RECOVERY.format(source="third", repair="task", status="active")),
         (_status("issue_recovery_actions", "cancelled"),),
     ),
+    **{
+        f"case, then {how}": _Case("case_open", _CASE, (off,))
+        for how, off in {
+            "over": "UPDATE pipeline_cases SET terminal_kind = 'done' WHERE id = %(other)s",
+            "retired": "UPDATE pipeline_cases SET retired_at = now() WHERE id = %(other)s",
+            "unlinked": "UPDATE pipeline_case_issue_links SET retired_at = now() WHERE case_id = %(other)s",
+            "cancelled": _CANCELLED,
+        }.items()
+    },
     "harness": _Case(
         "managed",
         ("UPDATE issues SET harness_kind = 'skill_test' WHERE id = %(task)s",),

@@ -327,6 +327,18 @@ def _kept_anyway(free: Any, deployment: Deployment) -> int:
     return int(before - after)
 
 
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_user_is_found_in_json_whoever_wrote_it(released: Deployment, archive: bool) -> None:
+    """Within a text of JSON's: what a tool answered, in letters of ASCII alone or with slashes escaped."""
+    board, user = Board(deployment=released), "corp/jürgen"
+    _user(released, user)
+    written = (json.dumps({"by": user}), '{"by":"corp\\/jürgen"}', '{"by":"corp\\/j\\u00FCrgen"}')
+    rows = [_old_row(board, "activity_log", {"details": json.dumps({"answer": one})}) for one in written]
+    _hold(released, "user", user)
+    assert _run(released, PruneLogs(company=(board.company,), archive=archive))["rows"] == 0
+    assert board.sql("SELECT count(*) FROM activity_log WHERE id::text = ANY(%(ids)s)", ids=rows) == [(3,)]
+
+
 def _user(released: Deployment, user: str) -> None:
     released.query(
         'INSERT INTO "user" (id, name, email, email_verified, created_at, updated_at) VALUES '

@@ -106,11 +106,14 @@ def as_uuid(text: str) -> UUID | None:
 
 
 def json_forms(text: str, depth: int) -> set[str]:
-    """A text as it is, and as PostgreSQL writes it between the quotes of a JSON string, up to so many times over."""
+    """A text as it is, and as it is between the quotes of a JSON string, up to so many times over.
+
+    As PostgreSQL writes it, and as those do who escape other letters than ASCII's, or slashes.
+    """
     forms = {text}
     for _ in range(depth):
-        text = json.dumps(text, ensure_ascii=False)[1:-1]
-        forms.add(text)
+        forms |= {json.dumps(one, ensure_ascii=ascii_)[1:-1] for one in forms for ascii_ in (False, True)}
+        forms |= {one.replace("/", "\\/") for one in forms}
     return forms
 
 

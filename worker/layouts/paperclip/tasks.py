@@ -52,6 +52,15 @@ _RECOVERY = table(
     "issue_recovery_actions", company_id=_UUID, source_issue_id=_UUID, recovery_issue_id=_UUID, status=sa.Text
 )
 
+_CASE_LINKS = table(
+    "pipeline_case_issue_links",
+    company_id=_UUID,
+    case_id=_UUID,
+    issue_id=_UUID,
+    retired_at=sa.DateTime(timezone=True),
+)
+_CASES = table("pipeline_cases", id=_UUID, terminal_kind=sa.Text, retired_at=sa.DateTime(timezone=True))
+
 
 def _of_task(other: sa.Table, column: str, over: Sequence[str]) -> sa.Exists:
     """Whether a row of another table points at the task and is not over."""
@@ -172,6 +181,26 @@ def _recovering() -> Keep:
     )
 
 
+def _case_open() -> Keep:
+    return Keep(
+        reason="case_open",
+        why="a pipeline's case that is not over hands on what the task brought forth, as long as it is in sight",
+        rows=sa.and_(
+            # The app itself passes over those that were cancelled.
+            TASKS.c.status != "cancelled",
+            sa.exists(_CASE_LINKS.c.issue_id).where(
+                _CASE_LINKS.c.issue_id == TASKS.c.id,
+                _CASE_LINKS.c.company_id == TASKS.c.company_id,
+                _CASE_LINKS.c.retired_at.is_(None),
+                _CASES.c.id == _CASE_LINKS.c.case_id,
+                _CASES.c.terminal_kind.is_(None),
+                _CASES.c.retired_at.is_(None),
+            ),
+        ),
+        reads=(_CASE_LINKS, _CASES),
+    )
+
+
 def _managed() -> Keep:
     return Keep(
         reason="managed",
@@ -213,7 +242,7 @@ TASK_TABLE = TaskTable(
     indexed=False,
     updated=True,
     among=sa.and_(TASKS.c.status.in_(TERMINAL_ISSUE), TASKS.c.hidden_at.is_(None)),
-    keeps=(_run_live(), _open_below(), _blocks_open(), _answer_pending(), _recovering(), _managed()),
+    keeps=(_run_live(), _open_below(), _blocks_open(), _answer_pending(), _recovering(), _case_open(), _managed()),
     users=_named("personal"),
     # One that was made for a task names it; `origin_id` may be of a user as well, or be put together of several ids.
     tasks=(TASKS.c.parent_id, *_named("personal")),
