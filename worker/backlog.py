@@ -26,12 +26,17 @@ BACKLOG = sa.Table(
 )
 
 
-def measure(operations: Operations, times: Timetable) -> Mapping[str, WorkerError]:
-    """Measure each entry that is on and keep what was found; why, for those that could not be measured."""
+def measure(operations: Operations, times: Timetable, *, alone: bool = False) -> Mapping[str, WorkerError]:
+    """Measure each entry that is on and keep what was found; why, for those that could not be measured.
+
+    `alone`: leave it, and what is still to be measured, to another that is at it.
+    """
     faults: dict[str, WorkerError] = {}
     for name, entry in times.enabled.items():
         try:
-            found = operations.overdue(entry.job)
+            found = operations.overdue_alone(entry.job) if alone else operations.overdue(entry.job)
+            if found is None:
+                break
             with operations.transaction() as connection:
                 _keep(connection, name, found)
         except WorkerError as error:

@@ -293,6 +293,12 @@ def advisory_lock(connection: sa.Connection, name: str) -> None:
     )
 
 
+def try_advisory_lock(connection: sa.Connection, name: str) -> bool:
+    """The same without waiting; False when somebody else holds it."""
+    key = sa.func.hashtextextended(f"paperclip-worker:{name}", 0)
+    return bool(connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(key))))
+
+
 def await_result(connection: sa.Connection, future: Future[_T]) -> _T:
     """What other threads come to, however long it takes them: the server ends a session that only waits."""
     while True:

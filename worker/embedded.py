@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from worker.errors import Refused, WorkerError
 from worker.processes import (
@@ -44,6 +44,8 @@ __all__ = ["BUCKET", "PG_BIN", "REGION", "S3", "Embedded", "Postgres", "Redis", 
 
 PG_BIN = "PAPERCLIP_WORKER_EMBEDDED_PG_BIN"
 _given: set[int] = set()
+# What is recorded of a server.
+_ENTRY = frozenset({"pid", "started", "ports"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +137,7 @@ def stop_kept(directory: Path) -> None:
     A process that merely has a recorded server's number by now is left alone. Raises Refused when the directory
     records no servers, and WorkerError when one does not end.
     """
-    try:
-        servers = json.loads((directory / RECORD).read_text())
-    except FileNotFoundError:
-        raise Refused(f"{directory} has no {RECORD}: no servers were kept there") from None
+    servers = _recorded(directory)
     live = process_table()
     kept = {
         one["pid"]: one["started"] for one in servers.values() if one["started"] == live.get(one["pid"], (0, ""))[1]
@@ -153,6 +152,19 @@ def stop_kept(directory: Path) -> None:
     for one in servers.values():
         sweep(one["ports"])
     (directory / RECORD).unlink()
+
+
+def _recorded(directory: Path) -> dict[str, Any]:
+    """The record of the servers that were kept there; other programs have files of that name."""
+    try:
+        found = json.loads((directory / RECORD).read_text())
+        if found.keys() == {kind.name for kind in (Postgres, Redis, S3)} and all(
+            map(_ENTRY.issubset, found.values())
+        ):
+            return dict(found)
+    except (OSError, ValueError, AttributeError, TypeError):
+        pass
+    raise Refused(f"{directory} has no {RECORD} of ours: no servers were kept there")
 
 
 def _account() -> pwd.struct_passwd | None:

@@ -98,7 +98,7 @@ def duration_text(value: timedelta) -> str:
 def _uuid(text: str) -> UUID:
     try:
         return UUID(text)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         raise Refused(f"{text!r} is not an id (a UUID)") from None
 
 

@@ -345,6 +345,15 @@ def test_an_age_before_time_began(released: Deployment) -> None:
 # -- runs ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("record", ["{}", "[]", "{", '{"servers": {}}', '{"postgres": 1, "redis": 1, "s3": 1}'])
+def test_a_directory_that_is_no_demo_s_is_not_removed(standing: Deployment, tmp_path: Path, record: str) -> None:
+    """Other programs have a file of that name as well."""
+    (tmp_path / "servers.json").write_text(record)
+    (tmp_path / "mine").touch()
+    refused(standing, "demo", "--stop", str(tmp_path), says="no servers were kept there")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_the_same_work_twice(released: Deployment) -> None:
     run = start(released.operations)
     found = world(released)

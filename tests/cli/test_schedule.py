@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -345,6 +346,23 @@ def test_measuring_the_backlog_from_the_command_line(deployment: Deployment) -> 
     place = {"entry": ACTIVITY, "job": "prune-logs", "table": log}
     assert _value(after, "backlog_rows", **place) == 0
     assert _value(after, "backlog_oldest_age_seconds", **place) == 0
+
+
+def test_workers_measure_one_at_a_time(released: Deployment) -> None:
+    """Where it takes longer than beat waits for the next, all of them would measure, and none would prune."""
+    times = timetable.load(released.operations.settings)
+    with (
+        app.make(released.operations.settings) as celery,
+        psycopg.connect(released.environment["DATABASE_URL"]) as other,
+    ):
+        site = app.Site(released.operations.settings, times, celery)
+        released.opened.append(site.operations)
+        other.execute("SELECT pg_advisory_xact_lock(hashtextextended('paperclip-worker:measure', 0))")
+        site.measure()
+        assert released.query("SELECT count(*) FROM paperclip_worker.backlog") == [(0,)]
+        other.rollback()
+        site.measure()
+        assert released.query("SELECT count(*) FROM paperclip_worker.backlog") == [(len(times.enabled),)]
 
 
 def test_the_oldest_overdue_row_is_not_one_that_stays(released: Deployment) -> None:

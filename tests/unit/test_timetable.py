@@ -110,6 +110,7 @@ _BAD = {
     f"[entry.{ACTIVITY}.params]\ncolour = 1": f"entry.{ACTIVITY}.params.colour: is no parameter of prune-logs",
     f"[entry.{ACTIVITY}.params]\nolder_than = 7": f"entry.{ACTIVITY}.params.older_than: 7 is not a duration",
     f"[entry.{ACTIVITY}.params]\ncompany = [5]": f"entry.{ACTIVITY}.params.company: 5 is not an id",
+    f"[entry.{ACTIVITY}.params]\ncompany = [2026-01-01]": f"entry.{ACTIVITY}.params.company: datetime.date",
     f'[entry.{ACTIVITY}.params]\ncompany = "a"': f"entry.{ACTIVITY}.params.company: must be a list",
     f"[entry.{ACTIVITY}.params]\ntable = []": f"entry.{ACTIVITY}.params.table: must be one value",
     f'[entry.{ACTIVITY}.params]\narchive = "no"': f"entry.{ACTIVITY}.params.archive: 'no' is not true or false",
