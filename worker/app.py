@@ -84,6 +84,8 @@ class Site:
     def work(self, run: UUID) -> None:
         """Take bites of a run for a bounded time, then re-send the message."""
         try:
+            # It may have been brought to another release since this worker came up: its runs are for those of that.
+            self.operations.require_ledger()
             outcome = self.runner.work(
                 run,
                 seconds=self.settings.slice_seconds,

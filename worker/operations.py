@@ -69,6 +69,11 @@ class Operations:
             ledger.require(connection)
             return ledger.identity(connection)
 
+    def require_ledger(self) -> None:
+        """Refused where the deployment has no ledger of this release, or not any more."""
+        with self.transaction(read_only=True) as connection:
+            ledger.require(connection)
+
     def check_ready(self) -> None:
         """Raise what would fail every run: signing key, a database that takes no change, ledger, bucket.
 

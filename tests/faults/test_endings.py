@@ -22,7 +22,7 @@ from tests.conftest import ROOT, Deployment
 from tests.faults.evidence import wait
 from worker import ledger, timetable
 from worker.app import MOST_RESCUES, QUEUE, Site, make, send_work
-from worker.errors import Refused
+from worker.errors import LedgerMissing, Refused
 from worker.job import Job
 from worker.means import Means
 from worker.operations import Operations
@@ -377,3 +377,19 @@ def test_a_worker_that_breaks_down_ends_with_another_status_than_one_that_was_to
         wait(lambda: celery.control.ping(timeout=0.3))
         process.terminate()
         assert process.wait(30) == 0
+
+
+def test_a_worker_that_is_up_leaves_the_runs_of_a_ledger_that_was_upgraded_alone(released: Deployment) -> None:
+    """They are for workers of that release, and go on with these as if nothing had been."""
+    run = released.operations.start(PruneLogs(), actor="t", via="test")
+    site = _Deaf(released)
+    ((mine,),) = released.query("SELECT version_num FROM paperclip_worker.alembic_version")
+    released.query("UPDATE paperclip_worker.alembic_version SET version_num = '9999'")
+    with pytest.raises(LedgerMissing, match="newer release"):
+        site.operations.require_ledger()
+    site.work(run)
+    assert released.query("SELECT state, touched_at = created_at FROM paperclip_worker.runs") == [("queued", True)]
+    assert site.sent == []
+    released.query("UPDATE paperclip_worker.alembic_version SET version_num = %s", mine)
+    site.work(run)
+    assert released.operations.result(run)["kept"]
