@@ -32,6 +32,9 @@ class RetireMasterKey(Job):
     reads_everything = True
 
     key: str | None = param(None, metavar="FINGERPRINT", help="This old key, though its time is not over.")
+    allow_column: tuple[str, ...] = param(
+        (), metavar="TABLE.COLUMN", help="Do not look for ciphertext in this unknown column; repeatable."
+    )
 
     @property
     def subject(self) -> str:
@@ -50,11 +53,13 @@ class RetireMasterKey(Job):
         return RotateMasterKey.rights(layout)
 
     def check(self, means: Means) -> None:
-        means.retiring(self.key).require_possible()
+        retiring = means.retiring(self)
+        retiring.require_possible()
+        retiring.require_columns()
 
     def plan(self, means: Means) -> Plan:
         targets: list[Target] = []
-        notes, retiring = [], means.retiring(self.key)
+        notes, retiring = [], means.retiring(self)
         due = {one.run_id for one in retiring.due}
         for rotation, counted in retiring.counted():
             targets += counted.targets
@@ -71,21 +76,21 @@ class RetireMasterKey(Job):
         )
 
     def overdue(self, means: Means) -> tuple[Overdue, ...]:
-        due = means.retiring(self.key).due
+        due = means.retiring(self).due
         oldest = min((one.retire_after for one in due if one.retire_after is not None), default=None)
         return (Overdue(table="rotations", rows=len(due), oldest=oldest),)
 
     def shards(self, means: Means, plan: Plan) -> Iterator[Shard]:
-        yield from means.retiring(self.key).shards(plan.tally.total.rows)
+        yield from means.retiring(self).shards(plan.tally.total.rows)
 
     def claim(self, means: Means, shard: Shard, after: Mapping[str, Any] | None, limit: int) -> Batch | None:  # noqa: ARG002 - all there is, which is little
-        return means.retiring(self.key).claim(shard, after)
+        return means.retiring(self).claim(shard, after)
 
     def apply(self, means: Means, batch: Batch) -> Tally:
-        return means.retiring(self.key).swap() if batch.spec.get("swap") else Tally()
+        return means.retiring(self).swap() if batch.spec.get("swap") else Tally()
 
     def verify(self, means: Means) -> Verdict:
-        return means.retiring(self.key).verdict()
+        return means.retiring(self).verdict()
 
     def finish(self, means: Means) -> Mapping[str, Any]:
-        return means.retiring(self.key).destroy()
+        return means.retiring(self).destroy()

@@ -21,6 +21,7 @@ from worker.rowset import RowSet
 from worker.tasksets import TaskSets
 
 if TYPE_CHECKING:
+    from tasks.retire_master_key import RetireMasterKey
     from tasks.rotate_master_key import RotateMasterKey
     from worker.archive import ArchivedObject
     from worker.config import Settings
@@ -132,9 +133,9 @@ class Means:
     def _rotations(self) -> dict[RotateMasterKey, Rotating]:
         return {}
 
-    def retiring(self, key: str | None) -> Retiring:
+    def retiring(self, job: RetireMasterKey) -> Retiring:
         """What can be done to retire old master keys."""
-        return Retiring(self, key)
+        return Retiring(self, job.key, job.allow_column)
 
     def restore(self, run: UUID | None, companies: tuple[UUID, ...]) -> Restore:
         """What can be done to put a run's archive back. Made once a step: it remembers what it read."""

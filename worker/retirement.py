@@ -32,11 +32,12 @@ _MOST_SWEEPS = 5
 class Retiring:
     """The old keys under seal, those whose time is over as of the run's start, or the one key that was named."""
 
-    def __init__(self, means: Means, key: str | None) -> None:
+    def __init__(self, means: Means, key: str | None, allowed: tuple[str, ...]) -> None:
         self._means = means
         self._connection = means.connection
         self._layout = means.layout
         self._key = key
+        self._given = allowed
 
     @cached_property
     def swept(self) -> list[Rotation]:
@@ -86,6 +87,10 @@ class Retiring:
     @cached_property
     def _source(self) -> Source:
         return keyring.locate(self._means.settings)
+
+    def require_columns(self) -> None:
+        """Refused when a column to be left alone is none."""
+        discovery.require_columns(self._connection, self._given)
 
     def require_possible(self) -> None:
         """Refused when the named key is under no seal, one is in use or wanted still, or another would be lost."""
@@ -148,9 +153,10 @@ class Retiring:
             yield from discovery.shards(self._connection, self._layout, self._allowed())
 
     def _allowed(self) -> set[str]:
-        """The columns that the rotations of each key that goes were told to leave alone."""
+        """The columns that this run, or the rotations of each key that goes, were told to leave alone."""
         named = [masterkeys.allowed_columns(self._connection, one.old_key) for one in self.due]
-        return set.intersection(*({discovery.whole(name) for name in one} for one in named))
+        both = set.intersection(*({discovery.whole(name) for name in one} for one in named))
+        return both | {discovery.whole(name) for name in self._given}
 
     def claim(self, shard: Shard, after: Mapping[str, Any] | None) -> Batch:
         """Look at everything of a key once, or into the next window of another column's table."""
@@ -261,5 +267,6 @@ class Retiring:
             columns = ", ".join(f"{column} ({number})" for column, number in sorted(named.items()))
             raise Refused(
                 "columns this release does not know may hold ciphertext, in rows that are not under the key in use, "
-                f"{self._current.fingerprint}: {columns}; put them right or remove them, and resume the run"
+                f"{self._current.fingerprint}: {columns}; put them right or remove them, and resume the run; or, "
+                "where they are no ciphertext, start another with --allow-column"
             )

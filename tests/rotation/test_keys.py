@@ -352,6 +352,22 @@ def test_a_column_that_its_rotation_allowed_does_not_keep_the_key(released_vault
     assert ": public.others.body (1);" in done.stderr
 
 
+def test_talk_about_ciphertext_does_not_keep_a_key_for_ever(released_vault: Vault) -> None:
+    """Nobody can tell it from a damaged envelope, but its operator, who may say so when the key is to go."""
+    vault = released_vault
+    old = rotated(vault)
+    vault.deployment.query("CREATE TABLE talk (body text)")
+    vault.deployment.query("INSERT INTO talk VALUES (%s)", '"scheme": "local_encrypted_v1" has a "ciphertext"')
+    retire = ("keys", "retire", old, "--inline", "--yes")
+    done = vault.deployment.cli(*retire, ok=False)
+    assert "public.talk.body (1)" in done.stderr
+    assert "--allow-column" in done.stderr
+    refused(vault.deployment, *retire, "--allow-column", "talk.bodies", says="talk.bodies is no text or JSON column")
+    assert listed(vault)["rotations"][0]["state"] == "under seal"
+    assert vault.deployment.json(*retire, "--allow-column", "talk.body")["kept"]
+    assert listed(vault)["rotations"][0]["state"] == "retired"
+
+
 def test_while_no_key_is_due_no_other_column_is_looked_into(released_vault: Vault) -> None:
     vault = released_vault
     rotated(vault)

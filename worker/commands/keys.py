@@ -133,12 +133,18 @@ def _permissible(connection: sa.Connection, run: Run) -> Rotation:
 
 @keys.command(params=jobs.run_options())
 @click.argument("fingerprint")
+@click.option(
+    "--allow-column",
+    multiple=True,
+    metavar="TABLE.COLUMN",
+    help="Do not look for ciphertext in this unknown column; repeatable.",
+)
 @common.json_option
-def retire(*, fingerprint: str, **given: Any) -> int:
+def retire(*, fingerprint: str, allow_column: tuple[str, ...], **given: Any) -> int:
     """Destroy the old key FINGERPRINT before its time, after one more sweep: `run retire-master-key --key`.
 
     No rollback to it is possible afterwards.
     """
     from tasks.retire_master_key import RetireMasterKey
 
-    return jobs.start(RetireMasterKey(key=fingerprint), **given)
+    return jobs.start(RetireMasterKey(key=fingerprint, allow_column=allow_column), **given)
