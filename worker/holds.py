@@ -16,7 +16,7 @@ from uuid import UUID, uuid4
 import sqlalchemy as sa
 
 from worker.errors import Contended, Refused
-from worker.layouts.model import Keep, Layout, Records, as_uuid
+from worker.layouts.model import Keep, Layout, Records, as_uuid, is_one_of
 from worker.ledger import SCHEMA
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Holds:
             return (_keep(sa.true()),)
         terms: list[sa.ColumnElement[bool]] = []
         if (companies := self.targets("company")) and records.company is not None:
-            terms.append(records.company.in_([UUID(one) for one in companies]))
+            terms.append(is_one_of(records.company, [UUID(one) for one in companies], sa.Uuid))
         if users := self.targets("user"):
             terms.append(records.names_user(users))
         if tasks := self.targets("task"):

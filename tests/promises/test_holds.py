@@ -327,6 +327,32 @@ def _kept_anyway(free: Any, deployment: Deployment) -> int:
     return int(before - after)
 
 
+def test_holds_may_be_thousands(released: Deployment) -> None:
+    """Each on a task of a project that is in dispute; a statement has at most 65535 parameters."""
+    board = Board(deployment=released)
+    tasks = board.tasks(2)
+    board.sql("UPDATE issues SET execution_run_id = %(run)s WHERE id = %(task)s", task=tasks[0])
+    held, mentions, _ = (
+        _old_row(board, "heartbeat_run_events", columns)
+        for columns in (
+            {"run_id": board.run},
+            {"run_id": _another_run(board), "message": f"see {tasks[0]}"},
+            {"run_id": _another_run(board)},
+        )
+    )
+    released.query(
+        "INSERT INTO paperclip_worker.holds (id, kind, target, reason, actor) SELECT gen_random_uuid(), 'task', "
+        "CASE n WHEN 1 THEN %s ELSE gen_random_uuid()::text END, 'x', 'x' FROM generate_series(1, 9000) n",
+        str(tasks[0]),
+    )
+    board.archive()
+    assert [board.hidden(one) for one in tasks] == [False, True]
+    job = PruneLogs(table="heartbeat_run_events", company=(board.company,), archive=False)
+    assert _run(released, job)["rows"] == 1
+    left = board.sql("SELECT id::text FROM heartbeat_run_events WHERE company_id = %(company)s ORDER BY id")
+    assert left == [(held,), (mentions,)]
+
+
 @pytest.mark.parametrize("archive", [True, False])
 def test_a_user_is_found_in_json_whoever_wrote_it(released: Deployment, archive: bool) -> None:
     """Within a text of JSON's: what a tool answered, in letters of ASCII alone or with slashes escaped."""

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 from worker.layouts import catalogue
-from worker.layouts.model import as_uuid
+from worker.layouts.model import is_one_of, uuids
 
 _meta, _wide = sa.MetaData(schema="public"), sa.MetaData(schema="public")
 TIME = sa.DateTime(timezone=True)
@@ -55,14 +55,14 @@ EFFECTS = table("decision_effect_executions", activity_log_id=sa.Uuid)
 def runs_of_tasks(ids: Sequence[str]) -> sa.Select[Any]:
     """The runs that worked on one of these tasks, by what they or the tasks say; none is NULL."""
     named = (RUNS.c.context_snapshot["issueId"].astext, RUNS.c.context_snapshot["taskId"].astext)
-    uuids = [found for one in ids if (found := as_uuid(one)) is not None]
+    tasks = uuids(ids)
     # Not by lower(): the app's indexes are on what it says itself.
     spelled = [*ids, *(one.upper() for one in ids)]
-    of = sa.or_(*(one.in_(spelled) for one in named), RUNS.c.native_issue_id.in_(uuids))
+    of = sa.or_(*(is_one_of(one, spelled) for one in named), is_one_of(RUNS.c.native_issue_id, tasks, sa.Uuid))
     # The app's indexes on these begin with the company.
     by_run = sa.select(RUNS.c.id.label("id")).where(RUNS.c.company_id == COMPANIES.c.id, of)
     by_task = (
-        sa.select(column.label("id")).where(ISSUES.c.id.in_(uuids), column.is_not(None))
+        sa.select(column.label("id")).where(is_one_of(ISSUES.c.id, tasks, sa.Uuid), column.is_not(None))
         for column in (ISSUES.c.checkout_run_id, ISSUES.c.execution_run_id)
     )
     return sa.select(sa.union_all(by_run, *by_task).subquery("runs_of_tasks").c.id)

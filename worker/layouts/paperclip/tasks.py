@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from worker.layouts.model import Keep, TaskTable, as_uuid
+from worker.layouts.model import Keep, TaskTable, is_one_of, uuids
 from worker.layouts.paperclip.tables import (
     RUNS,
     TERMINAL_ISSUE,
@@ -217,9 +217,7 @@ def _below(ids: Sequence[str]) -> sa.ColumnElement[bool]:
     """Every task somewhere below one of these tasks, and these."""
     # By issues_company_parent_idx; without ALL as above.
     top, child = TASKS.alias("top"), TASKS.alias("child_of")
-    held = sa.select(top.c.id, top.c.company_id).where(
-        top.c.id.in_([found for one in ids if (found := as_uuid(one)) is not None])
-    )
+    held = sa.select(top.c.id, top.c.company_id).where(is_one_of(top.c.id, uuids(ids), _UUID))
     tree = held.cte("held", recursive=True, nesting=True)
     tree = tree.union(
         sa.select(child.c.id, child.c.company_id).where(
