@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOW = datetime.now(UTC)
 ROWS = 3_000
 # What four processes of tests and their servers need, with room to spare.
-_SHM, _OURS, _ROOM = Path("/dev/shm"), "paperclip-worker-tests-", 8 << 30  # noqa: S108 - files that must be in memory
+_SHM, _OURS, _ROOM = Path("/dev/shm"), "paperclip-worker-tests-", 4 << 30  # noqa: S108 - files that must be in memory
 _numbers = itertools.count()
 
 # No test may read the settings or credentials of the machine it runs on.

