@@ -142,12 +142,19 @@ class TaskSets:
         """
         tasks = self._tasks
         as_left = (tasks.table.c[of] == value for of, value in tasks.archived(self._means.now).items())
-        query = (
-            sa.select(rows.whose.label("company"), sa.func.count().label("number"))
-            .select_from(tasks.table.join(NOTES, NOTES.c.task == tasks.key))
-            .where(NOTES.c.run_id == self._means.run, NOTES.c.undone_by.is_(None), NOTES.c.mark != tasks.mark)
+        # OFFSET 0: of the notes the server knows no numbers yet, and would look each of them up in the tasks.
+        there = (
+            sa.select(tasks.key.label("task"), rows.whose.label("company"), tasks.mark.label("mark"))
+            .select_from(tasks.table)
             .where(*as_left, sa.or_(tasks.open, *(keep.rows for keep in tasks.keeps)))
-            .group_by(rows.whose)
+            .offset(0)
+            .subquery("there")
+        )
+        query = (
+            sa.select(there.c.company, sa.func.count().label("number"))
+            .select_from(there.join(NOTES, NOTES.c.task == there.c.task))
+            .where(NOTES.c.run_id == self._means.run, NOTES.c.undone_by.is_(None), NOTES.c.mark != there.c.mark)
+            .group_by(there.c.company)
         )
         return {row.company: row.number for row in self._connection.execute(query)}
 
