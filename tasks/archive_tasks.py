@@ -133,11 +133,10 @@ class ArchiveTasks(Job):
             return Verdict(findings=tuple(findings), left=left + tuple(means.tasks.gone(self.undo, self.company)))
         late = "archived, and the app came to count on them meanwhile; bring them back with --undo"
         lost = "archived, and gone on with meanwhile; show them again in the app, for --undo leaves what was changed"
-        for what, found in ((late, means.tasks.held_after_all(rows)), (lost, means.tasks.lost(rows))):
-            findings += [
-                Finding(table=rows.what.name, company=company, rows=number, what=what)
-                for company, number in found.items()
-            ]
+        findings += [
+            Finding(table=rows.what.name, company=company, rows=number, what=lost if changed else late)
+            for company, changed, number in means.tasks.wanted_after_all(rows)
+        ]
         return Verdict(findings=tuple(findings), left=left)
 
     def index(self, means: Means) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from psycopg import sql
 
 from tests.zygote import inherited, run_alone, zygote
-from worker import audit, brokers, config, embedded, ledger, logs
+from worker import audit, config, embedded, ledger, logs
 from worker.layouts import LAYOUTS, demo_schema
 from worker.operations import Operations
 
@@ -241,9 +241,9 @@ def make_deployment(
         }
         os.environ["AWS_ACCESS_KEY_ID"] = environment["AWS_ACCESS_KEY_ID"]
         os.environ["AWS_SECRET_ACCESS_KEY"] = environment["AWS_SECRET_ACCESS_KEY"]
-        # It may have been another test's, and so another ledger's.
+        # It may have been another test's, and have its messages, and the claim of its ledger.
         with redis.Redis.from_url(environment["PAPERCLIP_WORKER_BROKER_URL"]) as client:
-            client.delete(brokers.CLAIM)
+            client.flushdb()
         operations = Operations(config.load(environment))
         deployment = Deployment(layout=layout, environment=environment, operations=operations, opened=[operations])
         made.append(deployment)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
-from worker import audit, canonical, db
-from worker.audit import ANCHORS, RECEIPTS, Receipt
+from worker import canonical, chains, db
+from worker.audit import ANCHORS, RECEIPTS
+from worker.chains import Receipt
 from worker.errors import AnchorTampered
 from worker.logs import log
 from worker.storage import Lock, TooLarge
@@ -154,9 +155,9 @@ def _require_signed(receipt: Receipt, before: str | None, signer: Signer) -> Non
 
     One that a known key signed says itself what it follows; whether that is there is for `verify` to judge.
     """
-    keys = audit.by_fingerprint(signer.trusted)
+    keys = chains.by_fingerprint(signer.trusted)
     before = None if receipt.signer in keys else before
-    if flaws := audit.flaws_of(receipt, before, keys, strangers=True):
+    if flaws := chains.flaws_of(receipt, before, keys, strangers=True):
         raise AnchorTampered(
             f"receipt {receipt.seq} is not what was signed: {flaws[0]}; it is not written to the bucket; "
             "see `receipts verify`"
@@ -188,8 +189,8 @@ def _get(store: S3Store, key: str) -> Stored:
 
 def _holds(head: Signed, signer: Signer) -> bool:
     """Whether a head has its hash, and a signature that fits where it says that this is the key."""
-    keys = audit.by_fingerprint(signer.trusted)
-    fits = head.signer not in keys or not audit.signature_flaws(head.hash, head.signer, head.signature, keys)
+    keys = chains.by_fingerprint(signer.trusted)
+    fits = head.signer not in keys or not chains.signature_flaws(head.hash, head.signer, head.signature, keys)
     return fits and sha256(head.body) == head.hash
 
 
@@ -221,7 +222,7 @@ def _receipts(engine: sa.Engine, settings: Settings, *, every: bool) -> Iterator
             rows = [row._asdict() for row in connection.execute(what.where(RECEIPTS.c.seq > after))]
         for row in rows:
             hash_before = row.pop("before")
-            yield Receipt(**row), audit.GENESIS if row["seq"] == 1 else hash_before
+            yield Receipt(**row), chains.GENESIS if row["seq"] == 1 else hash_before
         if len(rows) < _SLICE:
             return
         after = rows[-1]["seq"]

@@ -274,7 +274,7 @@ def begin(settings: Settings) -> tuple[Operations, Timetable, UUID]:
     operations = Operations(settings)
     try:
         operations.check_ready()
-        return operations, timetable.of(operations), operations.ledger_id
+        return operations, timetable.of(operations), operations.require_ledger()
     finally:
         # A worker's pool forks: a connection made here must not be shared with its children.
         operations.close()

@@ -81,10 +81,7 @@ def write(
             addresses.join(_fill(spools, connection, again(doubtful), needles.of(()))[0])
         whole = [spool for _, spool in sorted(spools.items(), key=_by_company)]
         # The session is kept awake meanwhile: each object takes as long as the store likes.
-        pool = ThreadPoolExecutor(1)
-        stored = pool.submit(lambda: tuple(_store(store, spool, table, run) for spool in whole))
-        pool.shutdown(wait=False)
-        objects = db.await_result(connection, stored)
+        objects = db.beside(connection, lambda: tuple(_store(store, spool, table, run) for spool in whole))()
         return objects, addresses, {whose: spool.size for whose, spool in spools.items()}
     finally:
         for spool in spools.values():

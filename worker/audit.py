@@ -7,27 +7,23 @@ a gap, a swap or a forgery shows in `verify`, which needs nothing but the receip
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from worker import canonical, ledger
+from worker import canonical, chains, ledger
+from worker.chains import Receipt
 from worker.errors import Refused, SettingsError
 from worker.logs import log
 
-GENESIS = "0" * 64
-_SIGNATURE = re.compile("[0-9a-f]{128}")
 _PUBLIC = re.compile(b"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
 
 _meta = sa.MetaData(schema=ledger.SCHEMA)
@@ -49,49 +45,6 @@ ANCHORS = sa.Table(
 CHAIN = sa.Table("chain", _meta, sa.Column("seq", sa.BigInteger), sa.Column("hash", sa.Text))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Receipt:
-    """One receipt as it is stored. `body` is the signed text itself."""
-
-    seq: int
-    run_id: UUID
-    body: str
-    hash: str
-    signer: str
-    signature: str
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as one object. Refused when somebody has made the body something else."""
-        try:
-            body = json.loads(self.body)
-        except (ValueError, RecursionError):
-            body = None
-        if not isinstance(body, dict) or body.get("seq") != self.seq:
-            raise Refused(f"receipt {self.seq} is not what was signed; see `receipts verify`")
-        return {**body, "hash": self.hash, "signature": self.signature}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flaw:
-    """One thing wrong with the chain."""
-
-    seq: int
-    what: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {"seq": self.seq, "what": self.what}
-
-
-@dataclass(kw_only=True)
-class Chain:
-    """What receipts in their order amount to: how many, the last (seq, hash), of which ledger, what is wrong."""
-
-    receipts: int = 0
-    head: tuple[int, str] = (0, GENESIS)
-    ledger: str | None = None
-    flaws: list[Flaw] = field(default_factory=list)
-
-
 class Signer:
     """The deployment's signing key. Its fingerprint names it in receipts; the key itself goes nowhere.
 
@@ -101,7 +54,7 @@ class Signer:
     def __init__(self, key: Ed25519PrivateKey, *, earlier: Sequence[Ed25519PublicKey] = ()) -> None:
         self._key = key
         self.public = key.public_key()
-        self.fingerprint = fingerprint(self.public)
+        self.fingerprint = chains.fingerprint(self.public)
         self.trusted = (self.public, *earlier)
 
     @classmethod
@@ -169,17 +122,6 @@ def load_public(path: Path) -> Ed25519PublicKey:
     return key
 
 
-def fingerprint(key: Ed25519PublicKey) -> str:
-    """Sixteen hex digits of the SHA-256 of the raw public key."""
-    raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-    return hashlib.sha256(raw).hexdigest()[:16]
-
-
-def by_fingerprint(keys: Iterable[Ed25519PublicKey]) -> dict[str, Ed25519PublicKey]:
-    """Keys as receipts name them."""
-    return {fingerprint(key): key for key in keys}
-
-
 def append(connection: sa.Connection, signer: Signer, run: UUID, facts: Mapping[str, Any]) -> Receipt:
     """Add a receipt to the chain, in the transaction of what it attests.
 
@@ -210,14 +152,14 @@ def _end(connection: sa.Connection, signer: Signer) -> tuple[int, str]:
     receipt differ, what is signed counts.
     """
     chain = connection.execute(sa.select(CHAIN.c.seq, CHAIN.c.hash).with_for_update()).one_or_none()
-    said = (chain.seq, chain.hash) if chain else (0, GENESIS)
+    said = (chain.seq, chain.hash) if chain else (0, chains.GENESIS)
     newest = recent(connection, limit=1)
-    found = (newest[0].seq, newest[0].hash) if newest else (0, GENESIS)
+    found = (newest[0].seq, newest[0].hash) if newest else (0, chains.GENESIS)
     anchored = connection.scalar(sa.select(sa.func.max(ANCHORS.c.seq))) or 0
     if found == said and anchored <= said[0]:
         return said
     log.error("chain of receipts was changed", chain=said[0], receipts=found[0], anchors=anchored)
-    if found[0] == said[0] and flaws_of(newest[0], None, by_fingerprint(signer.trusted)):
+    if found[0] == said[0] and chains.flaws_of(newest[0], None, chains.by_fingerprint(signer.trusted)):
         found = said
     seq, digest = max(found, said, key=lambda one: one[0])
     return max(seq, anchored), digest
@@ -243,90 +185,3 @@ def get(connection: sa.Connection, seq: int) -> Receipt:
     if row is None:
         raise Refused(f"there is no receipt {seq}")
     return Receipt(**row._asdict())
-
-
-def tells_end(body: str, state: str, settled_at: datetime | None) -> bool:
-    """Whether a receipt's body says that its run ended in this state at this moment."""
-    try:
-        facts = json.loads(body)
-        return bool(facts["state"] == state and datetime.fromisoformat(facts["settled_at"]) == settled_at)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return False
-
-
-def verify_chain(receipts: Iterable[Receipt], trusted: Sequence[Ed25519PublicKey], *, of: str | None = None) -> Chain:
-    """Judge receipts in order of seq, all `of` one ledger: of the first that any names, where None is given.
-
-    Needs no database.
-    """
-    keys = by_fingerprint(trusted)
-    found = Chain(ledger=of)
-    named = False
-    for receipt in receipts:
-        found.receipts += 1
-        if receipt.seq != found.head[0] + 1:
-            found.flaws.append(Flaw(seq=receipt.seq, what=f"receipt {found.head[0] + 1} is missing"))
-        before = found.head[1] if receipt.seq == found.head[0] + 1 else None
-        found.flaws += [Flaw(seq=receipt.seq, what=what) for what in flaws_of(receipt, before, keys, of=found.ledger)]
-        said = _ledger_of(receipt)
-        if named and said is None:
-            found.flaws.append(Flaw(seq=receipt.seq, what="it names no ledger, and earlier ones do"))
-        named = named or said is not None
-        found.ledger = found.ledger or said
-        found.head = (receipt.seq, receipt.hash)
-    return found
-
-
-def _ledger_of(receipt: Receipt) -> str | None:
-    """The ledger that a receipt says it is of; releases before 0.7.0 did not say."""
-    try:
-        said = json.loads(receipt.body)["ledger"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return said if isinstance(said, str) else None
-
-
-def flaws_of(
-    receipt: Receipt,
-    before: str | None,
-    keys: Mapping[str, Ed25519PublicKey],
-    *,
-    of: str | None = None,
-    strangers: bool = False,
-) -> list[str]:
-    """What is wrong with a receipt, given the hash of the one before it (None: not known) and keys by fingerprint.
-
-    Where it says of which ledger it is, that must be the one given. With `strangers` a key that is not among them is
-    no flaw: what it signed cannot be judged by its signature.
-    """
-    found = []
-    if hashlib.sha256(receipt.body.encode()).hexdigest() != receipt.hash:
-        found.append("the body was changed: it does not have its hash")
-    try:
-        body = json.loads(receipt.body)
-    except (ValueError, RecursionError):
-        return [*found, "the body is not JSON"]
-    if not isinstance(body, dict):
-        return [*found, "the body is not a JSON object"]
-    if body.get("seq") != receipt.seq or body.get("run") != str(receipt.run_id):
-        found.append("the body belongs to another place in the chain")
-    if of is not None and body.get("ledger", of) != of:
-        found.append("it is of another ledger: another deployment's")
-    if before is not None and body.get("prev") != before:
-        found.append("it does not follow the receipt before it")
-    if receipt.signer in keys or not strangers:
-        found += signature_flaws(receipt.hash, receipt.signer, receipt.signature, keys)
-    return found if body.get("signer") == receipt.signer else [*found, "the body names another signer"]
-
-
-def signature_flaws(digest: str, signer: str, signature: str, keys: Mapping[str, Ed25519PublicKey]) -> list[str]:
-    """What is wrong with a signature (hex) of a hash (hex) by the key of that fingerprint: nothing, or one thing."""
-    key = keys.get(signer)
-    if key is None:
-        return [f"signed by {signer}, a key that is not trusted"]
-    try:
-        key.verify(bytes.fromhex(signature), bytes.fromhex(digest))
-    except (InvalidSignature, ValueError):
-        return ["the signature does not fit"]
-    # `fromhex` takes capitals and blanks too, and so would let one signature be many texts.
-    return [] if _SIGNATURE.fullmatch(signature) else ["the signature does not fit as it is written"]

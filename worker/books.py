@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from worker import audit, ledger
+from worker import chains, ledger
 from worker.anchors import KEY
-from worker.audit import ANCHORS, CHAIN, RECEIPTS, Flaw, Receipt
+from worker.audit import ANCHORS, CHAIN, RECEIPTS
+from worker.chains import Flaw, Receipt
 from worker.ledger import RUNS
 from worker.states import SETTLED
 
@@ -29,7 +30,7 @@ def verify(connection: sa.Connection, trusted: Sequence[Ed25519PublicKey]) -> tu
     """
     rows = connection.execution_options(stream_results=True).execute(sa.select(RECEIPTS).order_by(RECEIPTS.c.seq))
     own = str(ledger.identity(connection))
-    chain = audit.verify_chain((Receipt(**row._asdict()) for row in rows), trusted, of=own)
+    chain = chains.verify((Receipt(**row._asdict()) for row in rows), trusted, of=own)
     last, flaws = chain.head, chain.flaws
     head = connection.execute(sa.select(CHAIN.c.seq, CHAIN.c.hash)).one_or_none()
     if head is None or head.seq != last[0]:
@@ -54,7 +55,7 @@ def _runs(connection: sa.Connection, last: int) -> Iterator[Flaw]:
     for run in connection.execution_options(stream_results=True).execute(query):
         if run.seq is None:
             yield Flaw(seq=last, what=f"run {run.id} is settled and has no receipt")
-        elif not audit.tells_end(run.body, run.state, run.settled_at):
+        elif not chains.tells_end(run.body, run.state, run.settled_at):
             what = (
                 f"run {run.id} is settled as {run.state}, and its newest receipt says otherwise: a later one is gone"
             )

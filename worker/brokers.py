@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kombu.exceptions import OperationalError
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from celery import Celery
+    from kombu import Connection
 
 # The ledger whose runs this database of Redis carries. Whoever comes first writes it, and nobody removes it.
 CLAIM = "paperclip-worker:ledger"
@@ -23,21 +27,31 @@ class Silent(Refused):
     """The broker does not answer."""
 
 
+@contextmanager
+def connected(app: Celery, timeout: float) -> Iterator[Connection]:
+    """A connection that is Silent once the broker has been so for so many seconds. Refused when it takes nothing."""
+    bounds = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+    try:
+        with app.connection_for_write(connect_timeout=timeout, transport_options=bounds) as connection:
+            connection.ensure_connection(max_retries=1, timeout=math.ceil(timeout))
+            yield connection
+    except (OSError, OperationalError, RedisError) as error:
+        # kombu has an error of its own round the broker's.
+        if isinstance(error, ResponseError) or isinstance(error.__cause__, ResponseError):
+            raise Refused(f"{_NAME}: the broker takes no message; is it full, or a replica?") from error
+        raise Silent(f"{_NAME}: the broker does not answer, or refuses the login") from error
+
+
 def require_own(app: Celery, ledger: UUID) -> None:
     """Refused when the broker is another ledger's, or takes nothing; Silent when it does not answer.
 
     Two deployments on one would take each other's messages, and one beat would keep the other from its work.
     """
     try:
-        with app.connection_for_write(connect_timeout=3) as connection:
-            connection.ensure_connection(max_retries=1, timeout=3)
+        with connected(app, 3) as connection:
             owner = _owner(connection.default_channel, str(ledger))
-    except ResponseError as error:
-        raise Refused(f"{_NAME}: the broker takes no message; is it full, or a replica?") from error
-    except (OSError, OperationalError, RedisError) as error:
-        raise Silent(
-            f"{_NAME}: the broker does not answer, or refuses the login; start it, or run jobs with --inline"
-        ) from error
+    except Silent as silent:
+        raise Silent(f"{silent}; start it, or run jobs with --inline") from silent
     if owner != str(ledger):
         raise Refused(
             f"{_NAME}: this database of Redis is another deployment's (ledger {owner}; this one is {ledger}); "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import psycopg
@@ -288,15 +290,24 @@ def copy_rows(connection: sa.Connection, query: sa.Select[Any]) -> Iterator[tupl
 
 def advisory_lock(connection: sa.Connection, name: str) -> None:
     """Hold a named lock until the transaction ends; waits up to the transaction's lock timeout."""
-    connection.execute(
-        sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(f"paperclip-worker:{name}", 0)))
-    )
+    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_lock_key(name))))
 
 
 def try_advisory_lock(connection: sa.Connection, name: str) -> bool:
     """The same without waiting; False when somebody else holds it."""
-    key = sa.func.hashtextextended(f"paperclip-worker:{name}", 0)
-    return bool(connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(key))))
+    return bool(connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(_lock_key(name)))))
+
+
+def _lock_key(name: str) -> sa.ColumnElement[int]:
+    return sa.func.hashtextextended(f"paperclip-worker:{name}", 0)
+
+
+def beside(connection: sa.Connection, work: Callable[[], _T]) -> Callable[[], _T]:
+    """Begin some work in a thread; what is returned waits for its result, with the session kept awake."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return partial(await_result, connection, future)
 
 
 def await_result(connection: sa.Connection, future: Future[_T]) -> _T:

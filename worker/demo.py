@@ -72,7 +72,7 @@ class Demo:
     def run(self, follow: Callable[[Operations, UUID], Any]) -> dict[str, Any]:
         """Start the job as an operator would, follow it, and say what it did."""
         celery = app.make(self.operations.settings)
-        brokers.require_own(celery, self.operations.ledger_id)
+        brokers.require_own(celery, self.operations.require_ledger())
         run = self.operations.start(self.job, actor="demo", via="demo", reason="a demonstration")
         app.send_work(celery, run)
         follow(self.operations, run)

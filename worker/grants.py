@@ -35,17 +35,13 @@ def statements(layout: Layout, role: str, jobs: Sequence[type[Job]]) -> Iterator
     to = _quote(role)
     keys = any(job.reads_everything for job in jobs)
     yield f"GRANT USAGE ON SCHEMA public, {SCHEMA} TO {to}"
-    yield f"GRANT SELECT ON {_ledger(*_APPENDED, *_ENTERED, *_COUNTED, *_KEYS, *_READ)} TO {to}"
-    yield f"GRANT INSERT ON {_ledger(*_APPENDED, *_ENTERED)} TO {to}"
-    yield f"GRANT UPDATE ON {_ledger(*_ENTERED, *_COUNTED)} TO {to}"
+    for verb, names in _on_ledger(keys=keys).items():
+        yield f"GRANT {verb} ON {_ledger(*names)} TO {to}"
     # Grants of earlier releases gave more.
     yield f"REVOKE UPDATE ON {_ledger(*_APPENDED, *_READ)} FROM {to}"
     yield f"REVOKE INSERT ON {_ledger(*_COUNTED, *_READ)} FROM {to}"
     # Until when an object is locked, as the store says; another bucket says otherwise.
     yield f"GRANT UPDATE (locked_until) ON {_ledger('anchors')} TO {to}"
-    if keys:
-        yield f"GRANT INSERT, UPDATE ON {_ledger(*_KEYS)} TO {to}"
-        yield f"GRANT SELECT, INSERT, UPDATE, DELETE ON {_ledger(_PASSING)} TO {to}"
     rights = [*_everyone(layout), *(right for job in jobs for right in job.rights(layout))]
     for (table, verb), columns in sorted(_merged(rights).items()):
         of = f" ({', '.join(map(_quote, sorted(columns)))})" if columns else ""
@@ -56,18 +52,21 @@ def statements(layout: Layout, role: str, jobs: Sequence[type[Job]]) -> Iterator
         yield f"GRANT pg_read_all_data TO {to}"
 
 
+def _on_ledger(*, keys: bool) -> dict[str, tuple[str, ...]]:
+    """The tables of the ledger by what a role may do with them; `keys` for the jobs of the master key."""
+    changed, passing = (_KEYS, (_PASSING,)) if keys else ((), ())
+    return {
+        "SELECT": (*_APPENDED, *_ENTERED, *_COUNTED, *_KEYS, *_READ, *passing),
+        "INSERT": (*_APPENDED, *_ENTERED, *changed, *passing),
+        "UPDATE": (*_ENTERED, *_COUNTED, *changed, *passing),
+        **({"DELETE": passing} if keys else {}),
+    }
+
+
 def on_ledger(*, keys: bool) -> Iterator[tuple[str, str, str | None]]:
     """Verb, table and column (None: all of them) of what these statements give of the ledger."""
-    verbs = {
-        "SELECT": (*_APPENDED, *_ENTERED, *_COUNTED, *_KEYS, *_READ),
-        "INSERT": (*_APPENDED, *_ENTERED),
-        "UPDATE": (*_ENTERED, *_COUNTED),
-    }
-    if keys:
-        verbs = {verb: (*names, *_KEYS, _PASSING) for verb, names in verbs.items()} | {"DELETE": (_PASSING,)}
-    for verb, names in verbs.items():
-        for name in names:
-            yield verb, name, None
+    for verb, names in _on_ledger(keys=keys).items():
+        yield from ((verb, name, None) for name in names)
     yield "UPDATE", "anchors", "locked_until"
 
 

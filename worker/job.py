@@ -138,7 +138,7 @@ class Job(abc.ABC):
         """The table whose rows the job archives, as `Means.archive` does; None where it archives none."""
         return None
 
-    def may_rest(self, stage: int) -> bool:  # noqa: ARG002
+    def may_rest(self, stage: int) -> bool:  # noqa: ARG002 - most may rest before any
         """Whether a run may rest before bites of this stage, for as long as the server is under pressure."""
         return True
 

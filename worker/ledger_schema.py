@@ -59,8 +59,6 @@ OBJECTS = sa.Table(
     *(_c(name, sa.Text) for name in ("key", "table", "company", "sha256", "first", "last")),
     *(_c(name, sa.BigInteger) for name in ("rows", "bytes", "raw_bytes")),
 )
-
-
 _IDENTITY = sa.Table("identity", _meta, _c("id", sa.Uuid))
 
 
@@ -81,8 +79,8 @@ def init(engine: sa.Engine) -> None:
         command.upgrade(config, "head")
 
 
-def require(connection: sa.Connection) -> None:
-    """Raise LedgerMissing when the ledger is not there or not of this release."""
+def require(connection: sa.Connection) -> UUID:
+    """Which ledger this is. Raise LedgerMissing when it is not there or not of this release."""
     version = _version(connection)
     if version is None:
         raise LedgerMissing("the ledger is not there; run `paperclip-worker db init`")
@@ -91,7 +89,7 @@ def require(connection: sa.Connection) -> None:
     if version > VERSION:
         raise LedgerMissing("the ledger is of a newer release; upgrade this paperclip-worker")
     # A run that could not name it in its receipt could not end.
-    identity(connection)
+    return identity(connection)
 
 
 def identity(connection: sa.Connection) -> UUID:

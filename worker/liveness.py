@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from celery import Celery
 from celery.utils.nodenames import default_nodename, host_format
-from kombu import Connection
-from kombu.exceptions import OperationalError
 from redbeat.schedulers import RedBeatConfig  # type: ignore[import-untyped]
-from redis.exceptions import RedisError, ResponseError
 
-from worker.errors import WorkerError
+from worker import brokers
+from worker.errors import Refused, WorkerError
 
 if TYPE_CHECKING:
     from kombu.transport.redis import Channel
@@ -44,7 +39,7 @@ def ask(settings: Settings, *, timeout: float, beat: bool = False, here: bool = 
     celery = Celery(broker=settings.broker(), set_as_current=False)
     celery.conf.update(redbeat_redis_url=settings.broker(), redbeat_key_prefix=BEAT_PREFIX)
     try:
-        with _broker(celery, timeout) as connection:
+        with brokers.connected(celery, timeout) as connection:
             if beat:
                 # redbeat's name for the lock that its one working beat extends at each tick
                 lock = RedBeatConfig(celery).lock_key
@@ -53,6 +48,9 @@ def ask(settings: Settings, *, timeout: float, beat: bool = False, here: bool = 
             only = [_node()] if here else None
             replies = celery.control.ping(destination=only, timeout=timeout, connection=connection)
             return Alive(workers=tuple(sorted(name for reply in replies or () for name in reply)))
+    except Refused as refusal:
+        # What is asked for is whether they are alive: that they cannot be reached is an answer.
+        raise WorkerError(str(refusal)) from refusal
     finally:
         celery.close()
 
@@ -76,18 +74,3 @@ def silence(*, beat: bool = False, here: bool = False) -> str:
 def _node() -> str:
     """The name that a worker of this host gives itself."""
     return str(host_format(default_nodename("")))
-
-
-@contextmanager
-def _broker(celery: Celery, timeout: float) -> Iterator[Connection]:
-    """A connection that gives up when the broker is silent for so long."""
-    bounds = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
-    try:
-        with celery.connection_for_write(connect_timeout=timeout, transport_options=bounds) as connection:
-            connection.ensure_connection(max_retries=1, timeout=math.ceil(timeout))
-            yield connection
-    except (OSError, OperationalError, RedisError) as error:
-        # kombu has an error of its own round the broker's.
-        if isinstance(error, ResponseError) or isinstance(error.__cause__, ResponseError):
-            raise WorkerError("PAPERCLIP_WORKER_BROKER_URL: the broker takes no message; is it full?") from error
-        raise WorkerError("PAPERCLIP_WORKER_BROKER_URL: the broker does not answer") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -18,9 +18,6 @@ from worker import keyfile
 from worker.ledger import RUNS, SCHEMA
 from worker.pgtypes import Xid8
 from worker.states import ACTIVE, RESUMABLE
-
-if TYPE_CHECKING:
-    pass
 
 _TIME = sa.DateTime(timezone=True)
 _META = sa.MetaData(schema=SCHEMA)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
@@ -177,10 +176,7 @@ class Means:
 
     def checking(self) -> Callable[[], list[str]]:
         """Begin to read this run's archive objects beside what else is done; then, which are missing or changed."""
-        pool = ThreadPoolExecutor(1)
-        found = pool.submit(archive.check, self._archive()[0], self.archived())
-        pool.shutdown(wait=False)
-        return partial(db.await_result, self.connection, found)
+        return db.beside(self.connection, partial(archive.check, self._archive()[0], self.archived()))
 
     def index_archive(self, table: str, facts: dict[str, object]) -> dict[str, object]:
         """Write the manifest; what the receipt says of the archive."""

@@ -62,17 +62,10 @@ class Operations:
             found: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
             return found
 
-    @cached_property
-    def ledger_id(self) -> UUID:
-        """Which ledger the deployment has. Refused where it has none of this release."""
+    def require_ledger(self) -> UUID:
+        """Which ledger the deployment has. Refused where it has none of this release, or not any more."""
         with self.transaction(read_only=True) as connection:
-            ledger.require(connection)
-            return ledger.identity(connection)
-
-    def require_ledger(self) -> None:
-        """Refused where the deployment has no ledger of this release, or not any more."""
-        with self.transaction(read_only=True) as connection:
-            ledger.require(connection)
+            return ledger.require(connection)
 
     def check_ready(self) -> None:
         """Raise what would fail every run: signing key, a database that takes no change, ledger, bucket.

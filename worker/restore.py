@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -206,9 +205,8 @@ class Restore:
         return self._means.store
 
     def _reader(self, spec: Mapping[str, Any], start: int) -> Reader:
-        with ThreadPoolExecutor(1) as pool:
-            found = pool.submit(Reader.at, self._store(), spec["key"], spec["sha256"], start)
-            return db.await_result(self._connection, found)
+        read = partial(Reader.at, self._store(), spec["key"], spec["sha256"], start)
+        return db.beside(self._connection, read)()
 
     # -- the table ------------------------------------------------------------------------------------
 

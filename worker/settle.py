@@ -18,7 +18,8 @@ from worker.states import State
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from worker.audit import Receipt, Signer
+    from worker.audit import Signer
+    from worker.chains import Receipt
     from worker.job import Job
     from worker.ledger import Run
     from worker.means import Means

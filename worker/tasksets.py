@@ -25,7 +25,7 @@ from worker.rowset import RowSet, totals
 from worker.states import ACTIVE, State
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from typing import Any
 
     from worker.means import Means
@@ -120,43 +120,30 @@ class TaskSets:
         name = self._tasks.name
         return [Left(table=name, company=str(whose), reason="gone", rows=number) for whose, number in rows]
 
-    def held_after_all(self, rows: RowSet) -> dict[str, int]:
-        """Per company the tasks this run archived although a guard holds them back now.
+    def wanted_after_all(self, rows: RowSet) -> Iterator[tuple[str, bool, int]]:
+        """Per company the tasks this run archived that are open or held back by a guard now: whether they were
+        changed since, so that no undo touches them, and how many.
 
-        The app opened something below them, or began to work on them, while they were being archived.
-        """
-        run, keeps = self._means.run, self._tasks.keeps
-        if run is None or not keeps:
-            return {}
-        query = (
-            sa.select(rows.whose.label("company"), sa.func.count().label("number"))
-            .select_from(self._tasks.table)
-            .where(self.archived_by(run, rows.companies).eligible, sa.or_(*(keep.rows for keep in keeps)))
-            .group_by(rows.whose)
-        )
-        return {row.company: row.number for row in self._connection.execute(query)}
-
-    def lost(self, rows: RowSet) -> dict[str, int]:
-        """Per company the tasks this run archived that were changed since, are open or held back by a guard now, and
-        are out of sight as the run left them: no undo touches them.
+        The app opened something below them, or went on with them, while they were being archived.
         """
         tasks = self._tasks
         as_left = (tasks.table.c[of] == value for of, value in tasks.archived(self._means.now).items())
         # OFFSET 0: of the notes the server knows no numbers yet, and would look each of them up in the tasks.
         there = (
-            sa.select(tasks.key.label("task"), rows.whose.label("company"), tasks.mark.label("mark"))
+            sa.select(tasks.key.label("task"), rows.company.label("company"), tasks.mark.label("mark"))
             .select_from(tasks.table)
             .where(*as_left, sa.or_(tasks.open, *(keep.rows for keep in tasks.keeps)))
             .offset(0)
             .subquery("there")
         )
+        changed = sa.or_(NOTES.c.mark != there.c.mark, NOTES.c.company.is_distinct_from(there.c.company))
         query = (
-            sa.select(there.c.company, sa.func.count().label("number"))
+            sa.select(sa.cast(there.c.company, sa.Text), changed, sa.func.count())
             .select_from(there.join(NOTES, NOTES.c.task == there.c.task))
-            .where(NOTES.c.run_id == self._means.run, NOTES.c.undone_by.is_(None), NOTES.c.mark != there.c.mark)
-            .group_by(there.c.company)
+            .where(NOTES.c.run_id == self._means.run, NOTES.c.undone_by.is_(None))
+            .group_by(there.c.company, changed)
         )
-        return {row.company: row.number for row in self._connection.execute(query)}
+        yield from self._connection.execute(query)
 
     def require_untriggered(self) -> None:
         """Refused, naming them, when triggers of the host's fire on what is done to a task: they may do more."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from worker import archive, audit, ledger
+from worker import archive, audit, chains, ledger
 from worker.errors import ArchiveTampered, Refused
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from worker.archive import ArchivedObject
-    from worker.audit import Receipt
+    from worker.chains import Receipt
     from worker.config import Settings
     from worker.ledger import Run
     from worker.storage import Store
@@ -69,7 +69,7 @@ def _unvouched(run: Run) -> Refused:
 def _receipts(connection: sa.Connection, run: Run) -> list[Receipt]:
     """What was signed of the run, the newest first. ArchiveTampered when that is not of how it ended."""
     found = audit.recent(connection, run=run.id)
-    if not found or not audit.tells_end(found[0].body, run.state, run.settled_at):
+    if not found or not chains.tells_end(found[0].body, run.state, run.settled_at):
         raise ArchiveTampered(f"run {run.id} has no receipt of how it ended; see `receipts verify`")
     return found
 
@@ -77,8 +77,8 @@ def _receipts(connection: sa.Connection, run: Run) -> list[Receipt]:
 def _said(receipt: Receipt, run: Run, own: str, key: Path | None) -> Mapping[str, Any]:
     """What a receipt says of the archive. ArchiveTampered when it was changed, or signed by a stranger."""
     # Whoever only plans need not have the key; a run is refused without.
-    keys = audit.by_fingerprint(audit.Signer.load(key).trusted) if key else {}
-    if flaws := audit.flaws_of(receipt, None, keys, of=own, strangers=key is None):
+    keys = chains.by_fingerprint(audit.Signer.load(key).trusted) if key else {}
+    if flaws := chains.flaws_of(receipt, None, keys, of=own, strangers=key is None):
         hint = "; if it is of an earlier key of yours, put its public key into the file of the new"
         raise ArchiveTampered(
             f"receipt {receipt.seq} of run {run.id} does not prove the archive: {flaws[0]}"

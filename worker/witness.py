@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from worker import anchors, audit
+from worker import anchors, chains
 from worker.anchors import HEADS, PREFIX, Signed
-from worker.audit import Flaw, Receipt
+from worker.chains import Flaw, Receipt
 from worker.storage import LARGEST, Missing, TooLarge
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Testimony:
 
     receipts: int = 0
     heads: int = 0
-    head: tuple[int, str] = (0, audit.GENESIS)
+    head: tuple[int, str] = (0, chains.GENESIS)
     ledger: str | None = None
     unlocked: int = 0
     locked_until: datetime | None = None
@@ -79,7 +79,7 @@ class _Reader:
 
     def __init__(self, store: S3Store, trusted: Sequence[Ed25519PublicKey], found: Testimony) -> None:
         self._store = store
-        self._keys = audit.by_fingerprint(trusted)
+        self._keys = chains.by_fingerprint(trusted)
         self._found = found
         # To be looked at once more, at the end.
         self._headless: list[Receipt] = []
@@ -163,7 +163,7 @@ class _Reader:
 
     def _check_signature(self, item: _Object, signed: Signed | Receipt) -> None:
         """Judge what an object holds by itself: its hash, and the signature of that."""
-        flaws = audit.signature_flaws(signed.hash, signed.signer, signed.signature, self._keys)
+        flaws = chains.signature_flaws(signed.hash, signed.signer, signed.signature, self._keys)
         if anchors.sha256(signed.body) != signed.hash:
             flaws.insert(0, "it does not have its hash")
         for what in flaws:
@@ -296,7 +296,7 @@ def verify(
     with ThreadPoolExecutor(_READERS) as pool:
         receipts = _Reader(store, trusted, found).receipts(pool)
         chain = beside.through(receipts) if beside else receipts
-        judged = audit.verify_chain(chain, trusted, of=of)
+        judged = chains.verify(chain, trusted, of=of)
     found.receipts, found.head, found.ledger = judged.receipts, judged.head, judged.ledger
     found.flaws += judged.flaws
     if not found.receipts and not found.flaws and not (beside and beside.empty):

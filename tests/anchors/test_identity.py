@@ -12,8 +12,9 @@ import pytest
 from tests.anchors.conftest import Bucket
 from tests.cli.helpers import check_refusal, complete, refused
 from tests.conftest import Deployment
-from worker import audit, canonical, ledger
-from worker.audit import Receipt, Signer
+from worker import canonical, chains, ledger
+from worker.audit import Signer
+from worker.chains import Receipt
 
 OTHER = "00000000-0000-4000-8000-00000000000f"
 SAYS = "it is of another ledger"
@@ -25,7 +26,7 @@ def _signed(signer: Signer, *ledgers: str | None) -> list[Receipt]:
     for seq, name in enumerate(ledgers, 1):
         run = uuid4()
         facts: dict[str, Any] = {"seq": seq, "run": str(run), "signer": signer.fingerprint}
-        facts |= {"prev": made[-1].hash if made else audit.GENESIS} | ({"ledger": name} if name else {})
+        facts |= {"prev": made[-1].hash if made else chains.GENESIS} | ({"ledger": name} if name else {})
         body = canonical.encode(facts).decode()
         digest = hashlib.sha256(body.encode()).hexdigest()
         made.append(
@@ -56,7 +57,7 @@ def test_a_chain_is_of_one_ledger(
     signing_key: Any, ledgers: tuple[str | None, ...], of: str | None, flaws: list[tuple[int, str]]
 ) -> None:
     signer = Signer.load(signing_key)
-    chain = audit.verify_chain(_signed(signer, *ledgers), [signer.public], of=of)
+    chain = chains.verify(_signed(signer, *ledgers), [signer.public], of=of)
     assert len(chain.flaws) == len(flaws), chain.flaws
     for flaw, (seq, says) in zip(chain.flaws, flaws, strict=True):
         assert flaw.seq == seq
@@ -65,7 +66,7 @@ def test_a_chain_is_of_one_ledger(
 
 def test_an_auditor_can_demand_a_ledger(bucket: Bucket, standing: Deployment) -> None:
     own = standing.json("receipts", "verify")["ledger"]
-    assert UUID(own) == standing.operations.ledger_id
+    assert UUID(own) == standing.operations.require_ledger()
     told = json.loads(bucket.verify("--json", "--ledger", own).stdout)
     assert (told["intact"], told["ledger"]) == (True, own)
     assert bucket.verify().stdout.endswith(f"; ledger {own}\n")
@@ -95,8 +96,8 @@ def test_a_ledger_without_its_id_begins_nothing(released: Deployment) -> None:
 
 
 def test_the_id_is_the_owner_s_to_write(released: Deployment) -> None:
-    assert released.json("db", "init")["ledger"] == str(released.operations.ledger_id)
+    assert released.json("db", "init")["ledger"] == str(released.operations.require_ledger())
     grants = [line for line in released.cli("db", "grants", "--role", "w").stdout.splitlines() if ".identity" in line]
     assert [line.split(" ON ")[0] for line in grants] == ["GRANT SELECT", "REVOKE UPDATE", "REVOKE INSERT"]
     with released.operations.transaction(read_only=True) as connection:
-        assert ledger.identity(connection) == released.operations.ledger_id
+        assert ledger.identity(connection) == released.operations.require_ledger()

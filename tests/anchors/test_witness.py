@@ -12,7 +12,7 @@ import pytest
 
 from tests.anchors.conftest import Bucket
 from tests.cli.helpers import check_refusal
-from worker import anchors, audit, canonical
+from worker import anchors, audit, canonical, chains
 from worker.anchors import Signed
 
 Chain = dict[str, bytes]
@@ -226,7 +226,7 @@ def test_a_prefix_with_nothing_in_it_is_no_success(bucket: Bucket) -> None:
 def rewritten(chain: Chain, signer: audit.Signer, *, actor: str = "nobody") -> Chain:
     """The chain with another's name in it, whole in itself, as somebody with this key can make it."""
     made: Chain = {}
-    previous = audit.GENESIS
+    previous = chains.GENESIS
     for seq in range(1, 5):
         body = json.loads(Signed.decode(chain[_key(chain, seq)]).body)
         body |= {"actor": actor, "prev": previous, "signer": signer.fingerprint}

@@ -40,6 +40,7 @@ from worker import (
     audit,
     brokers,
     canonical,
+    chains,
     config,
     grants,
     params,
@@ -157,7 +158,7 @@ def test_through_a_worker_process(released: Deployment) -> None:
         "intact": True,
         "flaws": [],
         "not_anchored": 0,
-        "ledger": str(released.operations.ledger_id),
+        "ledger": str(released.operations.require_ledger()),
     }
 
 
@@ -227,7 +228,7 @@ def test_a_detached_run_is_listed_stopped_and_resumed(released: Deployment) -> N
 def test_a_run_whose_message_the_broker_does_not_take_is_named(released: Deployment) -> None:
     """It is entered, and will be carried out: whoever asked for it must hear of it."""
     says = r"run \S+ is entered, but the broker took no message of it \(is it full\?\)"
-    brokers.require_own(app.make(released.operations.settings), released.operations.ledger_id)
+    brokers.require_own(app.make(released.operations.settings), released.operations.require_ledger())
     with full_broker(released):
         for words in ((*PRUNE, "--yes", "--detach"), ("runs", "resume", "last", "--detach")):
             line = check_refusal(released.cli(*words, ok=False), says=says, status=1)
@@ -432,7 +433,7 @@ def _replace(chain: Deployment, rows: list[dict[str, Any]]) -> None:
 
 def _forged(receipts: list[dict[str, Any]], forger: audit.Signer) -> list[dict[str, Any]]:
     """The chain again, with another's name in it, whole in itself and signed by somebody else."""
-    made, previous = [], audit.GENESIS
+    made, previous = [], chains.GENESIS
     for row in receipts:
         facts = {**json.loads(row["body"]), "prev": previous, "actor": "nobody", "signer": forger.fingerprint}
         body = canonical.encode(facts).decode()

@@ -14,11 +14,10 @@ SAYS = f"BROKER_URL: this database of Redis is another deployment's .ledger {OTH
 
 def test_a_second_deployment_is_refused(released: Deployment) -> None:
     with redis.Redis.from_url(released.environment["PAPERCLIP_WORKER_BROKER_URL"]) as client:
-        client.flushdb()
         client.set(brokers.CLAIM, OTHER)
         for words in ((*PRUNE, "--yes"), (*PRUNE, "--yes", "--detach"), ("beat",), ("worker",)):
             line = check_refusal(released.cli(*words, ok=False), says=SAYS, status=2)
-            assert f"this one is {released.operations.ledger_id}" in line
+            assert f"this one is {released.operations.require_ledger()}" in line
         assert released.query("SELECT count(*) FROM paperclip_worker.runs") == [(0,)]
         assert client.keys() == [brokers.CLAIM.encode()]
         assert client.get(brokers.CLAIM) == OTHER
@@ -26,7 +25,7 @@ def test_a_second_deployment_is_refused(released: Deployment) -> None:
         assert released.json(*INLINE)["kept"]
         client.delete(brokers.CLAIM)
         released.cli(*PRUNE, "--yes", "--detach")
-        assert client.get(brokers.CLAIM) == str(released.operations.ledger_id).encode()
+        assert client.get(brokers.CLAIM) == str(released.operations.require_ledger()).encode()
 
 
 def test_an_own_claim_is_found_again(released: Deployment) -> None:
@@ -34,7 +33,7 @@ def test_an_own_claim_is_found_again(released: Deployment) -> None:
         for _ in range(2):
             released.cli(*PRUNE, "--yes", "--detach")
             released.cli("runs", "stop", "last")
-            assert client.get(brokers.CLAIM) == str(released.operations.ledger_id).encode()
+            assert client.get(brokers.CLAIM) == str(released.operations.require_ledger()).encode()
         client.flushdb()
         released.cli(*PRUNE, "--yes", "--detach")
-        assert client.get(brokers.CLAIM) == str(released.operations.ledger_id).encode()
+        assert client.get(brokers.CLAIM) == str(released.operations.require_ledger()).encode()

@@ -64,7 +64,7 @@ def broker(deployment: Operations) -> Callable[[UUID], None]:
 
     celery = app.make(deployment.settings)
     click.get_current_context().call_on_close(celery.close)
-    brokers.require_own(celery, deployment.ledger_id)
+    brokers.require_own(celery, deployment.require_ledger())
 
     def send(run: UUID) -> None:
         try:

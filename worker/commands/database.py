@@ -24,8 +24,7 @@ def init(as_json: bool) -> None:
         ledger.init(deployment.engine)
     except Denied as error:
         raise Refused("this role may not make the ledger; run `db init` as the database's owner") from error
-    with deployment.transaction(read_only=True) as connection:
-        own = ledger.identity(connection)
+    own = deployment.require_ledger()
     if as_json:
         common.print_json({"schema": ledger.SCHEMA, "version": ledger.VERSION, "ledger": str(own)})
     else:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     from worker.anchors import Anchor
-    from worker.audit import Flaw, Receipt
+    from worker.chains import Flaw, Receipt
     from worker.config import Settings
 
 
@@ -178,9 +178,8 @@ def _from_database(trusted: Sequence[Ed25519PublicKey], *, both: bool) -> tuple[
     deployment = common.operations(*([Need.STORAGE] if both else []))
     facts: dict[str, Any] = {}
     with deployment.transaction(scan=True, read_only=True) as connection:
-        ledger.require(connection)
+        facts["ledger"] = str(ledger.require(connection))
         facts["not_anchored"] = anchors.pending(connection)
-        facts["ledger"] = str(ledger.identity(connection))
         count, flaws = books.verify(connection, trusted)
         if both and deployment.store is not None:
             comparison = witness.Comparison(anchors.books(connection))
