@@ -96,7 +96,7 @@ class ArchiveTasks(Job):
 
     def _plan(self, means: Means, *, exact: bool) -> Plan:
         rows = self._rows(means)
-        targets, left = rows.count(means.connection, measured=exact, exact=exact)
+        targets, left = rows.count(means.connection, exact=exact)
         if self.undo is not None:
             left += tuple(means.tasks.gone(self.undo, self.company))
         return Plan(
@@ -126,7 +126,7 @@ class ArchiveTasks(Job):
 
     def verify(self, means: Means) -> Verdict:
         rows = self._rows(means)
-        targets, left = rows.count(means.connection, measured=False)
+        targets, left = rows.remaining(means.connection)
         still = "ended tasks are still in sight" if self.undo is None else "archived tasks are not back"
         findings = [Finding(table=one.table, company=one.company, rows=one.rows, what=still) for one in targets]
         if self.undo is not None:

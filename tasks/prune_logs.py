@@ -116,7 +116,7 @@ class PruneLogs(Job):
         return self._plan(means, exact=False)
 
     def _plan(self, means: Means, *, exact: bool) -> Plan:
-        targets, left = self._expired(means).count(means.connection, measured=exact, exact=exact)
+        targets, left = self._expired(means).count(means.connection, exact=exact)
         log = means.layout.log(self.table)
         notes = [f"{keep.reason}: {keep.why}" for keep in self._expired(means).keeps]
         if not log.record:
@@ -153,7 +153,7 @@ class PruneLogs(Job):
 
     def verify(self, means: Means) -> Verdict:
         damaged = means.checking() if self._archived(means.layout) else list
-        targets, left = self._expired(means).count(means.connection, measured=False)
+        targets, left = self._expired(means).remaining(means.connection)
         findings = [
             Finding(table=one.table, company=one.company, rows=one.rows, what="expired rows are still there")
             for one in targets

@@ -19,15 +19,17 @@ from uuid import UUID
 
 import zstandard
 
-from worker import canonical, db, needles
+from worker import canonical, copyout, db, needles
 from worker.errors import ArchiveTampered, StorageFault, WorkerError
 from worker.needles import Needles
 from worker.pgtypes import Tids
+from worker.plans import Amount
 from worker.storage import Missing, Store, read_digest
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
+    from worker.copyout import Query
     from worker.plans import Place, Tally
 
 # Levels 1 and 3 pack JSON lines to the same size, and 1 takes two thirds of the time (performance.md).
@@ -61,18 +63,19 @@ def root(table: str, run: UUID) -> str:
 def write(
     store: Store,
     connection: sa.Connection,
-    query: sa.Select[Any],
+    query: Query,
     *,
     doubted: Needles,
-    again: Callable[[Tids], sa.Select[Any]],
+    again: Callable[[Tids], Query],
     table: str,
     run: UUID,
-) -> tuple[tuple[ArchivedObject, ...], Tids, dict[str | None, int]]:
+) -> tuple[tuple[ArchivedObject, ...], Tids, dict[str | None, Amount]]:
     """Stream `query` (of `copies.query`) into one object per company, and read each back.
 
     Lines put together with one that has something `doubted` are left out, and taken by the query that `again` makes
-    of their addresses. Returns the objects, the addresses of their rows, and the bytes these take in the table per
-    company. Raises StorageFault when the store does not give back the very bytes; nothing may be deleted then.
+    of their addresses. Returns the objects, the addresses of their rows, and per company how many these are and the
+    bytes they take in the table. Raises StorageFault when the store does not give back the very bytes; nothing may be
+    deleted then.
     """
     spools: dict[str | None, _Spool] = {}
     try:
@@ -82,7 +85,7 @@ def write(
         whole = [spool for _, spool in sorted(spools.items(), key=_by_company)]
         # The session is kept awake meanwhile: each object takes as long as the store likes.
         objects = db.beside(connection, lambda: tuple(_store(store, spool, table, run) for spool in whole))()
-        return objects, addresses, {whose: spool.size for whose, spool in spools.items()}
+        return objects, addresses, {whose: Amount(spool.rows, spool.size) for whose, spool in spools.items()}
     finally:
         for spool in spools.values():
             spool.close()
@@ -93,11 +96,11 @@ def _by_company(item: tuple[str | None, _Spool]) -> str:
 
 
 def _fill(
-    spools: dict[str | None, _Spool], connection: sa.Connection, query: sa.Select[Any], doubted: Needles
+    spools: dict[str | None, _Spool], connection: sa.Connection, query: Query, doubted: Needles
 ) -> tuple[Tids, Tids]:
     """The addresses of the rows that were taken, and of those in doubt."""
     addresses, doubtful = Tids(), Tids()
-    for company, rows, size, first, last, places, lines in db.copy_rows(connection, query):
+    for company, rows, size, first, last, places, lines in copyout.rows(connection, query):
         whose = company.decode() if company is not None else None
         number = int.from_bytes(rows)
         if doubted.any_in(lines):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
 
-from worker import blocks, db
+from worker import blocks, copyout, db
 from worker.blocks import CTID
 from worker.pgtypes import Xid, Xid8
 from worker.plans import Target
@@ -78,7 +78,7 @@ class Ciphertext:
     ) -> Iterator[Part]:
         """The rows that may hold ciphertext, some at a time, in a stream."""
         query = sa.select(self._query(where, rest=rest, company=company)).limit(most)
-        statement, parameters = db.copy_statement(self.connection, query)
+        statement, parameters = copyout.statement(copyout.compiled(query, self.connection.dialect))
         lines, size = list[list[bytes]](), 0
         with db.driver(self.connection).cursor() as cursor, cursor.copy(statement, parameters) as copy:
             for line in copy:

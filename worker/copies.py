@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from worker import lines, livetable
+from worker import copyout, lines, livetable
 from worker.blocks import CTID
 from worker.job import Batch
 from worker.pgtypes import Tid, Tids
 
 if TYPE_CHECKING:
+    from worker.copyout import Query
+    from worker.livetable import Column
+    from worker.plans import Amount
     from worker.rowset import RowSet
 
 # So many lines are put together, but for rows of more bytes than this.
@@ -20,14 +24,22 @@ _TOGETHER = 256
 _LARGE = 2_000
 
 
-def query(rows: RowSet, connection: sa.Connection, batch: Batch, *, unread: bool = False) -> sa.Select[Any]:
+def query(
+    rows: RowSet, columns: tuple[Column, ...], dialect: sa.Dialect, batch: Batch, *, unread: bool = False
+) -> Query:
     """A batch's rows as lines, many at once: company, rows, bytes, first and last age, addresses, lines.
 
     Every column of a row, known to us or not. The server puts the lines together: one by one they cost both
     sides more than the JSON in them. `unread`: no row is looked into, and so some of these may have what a keep
     looks for.
     """
-    line = lines.archived(rows.what.name, livetable.json_columns(connection, rows.what.name)).as_string()
+    return copyout.filled(_of_any(rows, columns, dialect, unread=unread), rows.window(batch), dialect)
+
+
+@lru_cache(maxsize=8)
+def _of_any(rows: RowSet, columns: tuple[Column, ...], dialect: sa.Dialect, *, unread: bool) -> Query:
+    """The query of any batch: its bites differ in nothing but the window."""
+    line = lines.archived(rows.what.name, livetable.of_json(columns)).as_string()
     company = sa.null() if rows.what.company is None else rows.what.company
     found = (
         sa.select(
@@ -38,13 +50,13 @@ def query(rows: RowSet, connection: sa.Connection, batch: Batch, *, unread: bool
             sa.literal_column(line, sa.Text).label("line"),
             sa.func.row_number().over().label("number"),
         )
-        .where(rows.unread(batch) if unread else rows.rows(batch))
+        .where(copyout.HOLE, rows.unread if unread else rows.eligible)
         .subquery("found")
     )
     row = found.c
     # A large row stands alone, or those together would have no bound.
     part = sa.case((row.size > _LARGE, -row.number), else_=row.number // _TOGETHER)
-    return sa.select(
+    together = sa.select(
         sa.cast(row.company, sa.Text),
         sa.func.count(),
         sa.func.sum(row.size),
@@ -52,18 +64,19 @@ def query(rows: RowSet, connection: sa.Connection, batch: Batch, *, unread: bool
         sa.cast(sa.func.max(row.age), sa.Text),
         sa.func.array_agg(row.address),
         sa.func.string_agg(row.line, "\n"),
-    ).group_by(row.company, part)
+    )
+    return copyout.compiled(together.group_by(row.company, part), dialect)
 
 
-def readable(rows: RowSet, connection: sa.Connection) -> bool:
+def readable(rows: RowSet, columns: tuple[Column, ...]) -> bool:
     """Whether some keep looks into the rows' texts, and a look into their lines finds no less."""
-    texts = (one.name for one in rows.what.texts)
-    return bool(rows.needles) and livetable.readable(connection, rows.what.name, texts)
+    return bool(rows.needles) and livetable.readable(columns, (one.name for one in rows.what.texts))
 
 
-def at(batch: Batch, addresses: Tids, sizes: Mapping[str | None, int]) -> Batch:
-    """The batch as exactly the rows at these addresses, with their bytes per company; good in the same snapshot."""
-    return Batch(after=batch.after, window=_placed(addresses), exhausted=batch.exhausted, exact=True, sizes=sizes)
+def at(batch: Batch, addresses: Tids, amounts: Mapping[str | None, Amount]) -> Batch:
+    """The batch as exactly the rows at these addresses, and how much that is; good in the same snapshot."""
+    window = _placed(addresses)
+    return Batch(after=batch.after, window=window, exhausted=batch.exhausted, exact=True, amounts=amounts)
 
 
 def among(batch: Batch, addresses: Tids) -> Batch:

@@ -267,27 +267,6 @@ def driver(connection: sa.Connection) -> psycopg.Connection[Any]:
     return cast("psycopg.Connection[Any]", connection.connection.driver_connection)
 
 
-def copy_statement(connection: sa.Connection, query: sa.Select[Any]) -> tuple[bytes, dict[str, Any]]:
-    """`COPY (query) TO STDOUT` in a CSV that never escapes JSON, with its parameters.
-
-    The delimiter and quote are control characters, which JSON text cannot contain unescaped.
-    """
-    return _copy(connection, query, "FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01'")
-
-
-def _copy(connection: sa.Connection, query: sa.Select[Any], form: str) -> tuple[bytes, dict[str, Any]]:
-    compiled = query.compile(dialect=connection.dialect, compile_kwargs={"render_postcompile": True})
-    return f"COPY ({compiled}) TO STDOUT WITH ({form})".encode(), dict(compiled.params)
-
-
-def copy_rows(connection: sa.Connection, query: sa.Select[Any]) -> Iterator[tuple[Any, ...]]:
-    """Stream a query's rows, each value as the bytes of its binary form or None; nothing is escaped or parsed."""
-    statement, parameters = _copy(connection, query, "FORMAT binary")
-    with driver(connection).cursor() as cursor, cursor.copy(statement, parameters) as copy:
-        copy.set_types(["bytea"] * len(query.selected_columns))
-        yield from copy.rows()
-
-
 def advisory_lock(connection: sa.Connection, name: str) -> None:
     """Hold a named lock until the transaction ends; waits up to the transaction's lock timeout."""
     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_lock_key(name))))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -84,23 +85,27 @@ class Holds:
         return Holds(found=tuple(one for one in self.found if one.id != hold))
 
     def keep(self, records: Records) -> tuple[Keep, ...]:
-        """The keep that holds rows of a table back; none where no hold in force can touch it."""
-        if records.name in self.targets("table"):
-            return (_keep(sa.true()),)
-        terms: list[sa.ColumnElement[bool]] = []
-        if (companies := self.targets("company")) and records.company is not None:
-            terms.append(is_one_of(records.company, [UUID(one) for one in companies], sa.Uuid))
-        if users := self.targets("user"):
-            terms.append(records.names_user(users))
-        if tasks := self.targets("task"):
-            terms.append(records.names_task(tasks))
-        if not terms:
-            return ()
-        if not users and not tasks:
-            return (_keep(_any(terms)),)
-        # Asked once for all ids: each time the row's JSON is made into text.
-        mentions = records.mentions([*users, *tasks])
-        return (_keep(_any([*terms, mentions]), needles=(*users, *tasks), unread=_any(terms)),)
+        """The keep that holds rows of a table back; none where no hold in force can touch it.
+
+        The same objects for the same holds and table: each bite asks, and statements made of them can be known again.
+        """
+        return _keeps(self, records)
+
+
+@lru_cache(maxsize=16)
+def _keeps(holds: Holds, records: Records) -> tuple[Keep, ...]:
+    if records.name in holds.targets("table"):
+        return (_keep(sa.true()),)
+    terms: list[sa.ColumnElement[bool]] = []
+    if (companies := holds.targets("company")) and records.company is not None:
+        terms.append(is_one_of(records.company, [UUID(one) for one in companies], sa.Uuid))
+    users, tasks = holds.targets("user"), holds.targets("task")
+    if not users and not tasks:
+        return (_keep(_any(terms)),) if terms else ()
+    terms.append(records.names(users, tasks))
+    # Asked once for all ids: each time the row's JSON is made into text.
+    mentions = records.mentions([*users, *tasks])
+    return (_keep(_any([*terms, mentions]), needles=(*users, *tasks), unread=_any(terms)),)
 
 
 def _any(terms: list[sa.ColumnElement[bool]]) -> sa.ColumnElement[bool]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from worker.archive import ArchivedObject
     from worker.layouts.model import Layout
     from worker.means import Means
-    from worker.plans import Left, Plan, Tally
+    from worker.plans import Amount, Left, Plan, Tally
 
 # The run of steps that are rolled back.
 REHEARSAL = UUID(int=0)
@@ -48,8 +48,8 @@ class Batch:
     exhausted: bool
     window: sa.ColumnElement[bool] | None = None
     exact: bool = False
-    # Of an exact batch the rows' bytes per company, where they are known.
-    sizes: Mapping[str | None, int] | None = None
+    # Of an exact batch how much it is per company, where that is known.
+    amounts: Mapping[str | None, Amount] | None = None
     # What the job's own `apply` is to do; for jobs whose batches are not windows of rows.
     spec: Mapping[str, Any] = field(default_factory=dict)
 

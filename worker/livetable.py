@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -98,15 +99,15 @@ def columns(connection: sa.Connection, table: str) -> tuple[Column, ...]:
     return tuple(Column(*row) for row in _ask(connection, _COLUMNS, table))
 
 
-def json_columns(connection: sa.Connection, table: str) -> dict[str, str]:
-    """The columns of a table that hold JSON, and the type of each (`json`, `jsonb`)."""
-    return {one.name: one.kind for one in columns(connection, table) if one.kind in {"json", "jsonb"}}
+def of_json(found: Iterable[Column]) -> dict[str, str]:
+    """Those of some columns that hold JSON, and the type of each (`json`, `jsonb`)."""
+    return {one.name: one.kind for one in found if one.kind in {"json", "jsonb"}}
 
 
-def readable(connection: sa.Connection, table: str, names: Iterable[str]) -> bool:
-    """Whether a row's line has in it whatever these columns have when they are made into text."""
+def readable(found: Iterable[Column], names: Iterable[str]) -> bool:
+    """Whether a row's line has in it whatever those columns of these names have when they are made into text."""
     plain = {"text", "character varying", "json", "jsonb"}
-    return set(names) <= {one.name for one in columns(connection, table) if one.kind in plain}
+    return set(names) <= {one.name for one in found if one.kind in plain}
 
 
 def require_prunable(connection: sa.Connection, log: LogTable, *, archive: bool) -> None:
@@ -148,14 +149,16 @@ def require_whole(connection: sa.Connection, table: str) -> None:
         raise Refused(f"{table} is partitioned, or other tables inherit from it: this release cannot work on it")
 
 
-def unknown(connection: sa.Connection, layout: Layout, records: Records) -> tuple[sa.ColumnClause[Any], ...]:
-    """The columns a table has in the live database that the catalogue does not know, bound to the table."""
+def unknown(found: Iterable[Column], layout: Layout, records: Records) -> tuple[sa.ColumnClause[Any], ...]:
+    """Those of a table's columns that the catalogue does not know, bound to the table."""
     known = catalogue.load(layout.name).tables[records.name].columns
-    return tuple(
-        of(records.table, sa.column(one.name, sa.Text()))
-        for one in columns(connection, records.name)
-        if one.name not in known
-    )
+    return tuple(_unknown(records.table, one.name) for one in found if one.name not in known)
+
+
+@lru_cache(maxsize=256)
+def _unknown(table: sa.Table, name: str) -> sa.ColumnClause[Any]:
+    # The same object each time, or no statement with it is known again.
+    return of(table, sa.column(name, sa.Text()))
 
 
 def require_as_seen(connection: sa.Connection, tables: Iterable[str]) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from worker.holds import Holds
     from worker.job import Batch, Job, Shard
     from worker.layouts.model import Keep, Layout, LogTable, Records
+    from worker.livetable import Column
     from worker.plans import Plan
     from worker.retention import Cutoffs, Policy
     from worker.storage import Store
@@ -101,9 +102,20 @@ class Means:
         asked = what
         if self.holds.targets("user") or self.holds.targets("task"):
             # A column that nobody has classed may name or mention whomever a hold is about.
-            more = livetable.unknown(self.connection, self.layout, what)
+            more = livetable.unknown(self.columns(what), self.layout, what)
             asked = replace(what, texts=(*what.texts, *more))
-        return RowSet(what=asked, cutoffs=cutoffs, companies=companies, keeps=(*self.holds.keep(asked), *keeps))
+        return RowSet(what=asked, cutoffs=cutoffs, companies=companies, keeps=(*keeps, *self.holds.keep(asked)))
+
+    def columns(self, what: Records) -> tuple[Column, ...]:
+        """The columns of a table as this step sees them; asked for once."""
+        found = self._columns.get(what.name)
+        if found is None:
+            found = self._columns[what.name] = livetable.columns(self.connection, what.name)
+        return found
+
+    @cached_property
+    def _columns(self) -> dict[str, tuple[Column, ...]]:
+        return {}
 
     def once(self, job: Job, make: Callable[[Means], RowSet]) -> RowSet:
         """The rows of a job, made once a step: it asks for them several times, and each takes a millisecond."""
@@ -158,17 +170,19 @@ class Means:
     def archive(self, rows: RowSet, batch: Batch) -> tuple[Batch, tuple[ArchivedObject, ...]]:
         """Write a batch's rows to the store and read them back; the batch of just these rows, and the objects."""
         store, run = self._archive()
-        unread = copies.readable(rows, self.connection)
-        objects, addresses, sizes = archive.write(
+        columns = self.columns(rows.what)
+        unread = copies.readable(rows, columns)
+        query = partial(copies.query, rows, columns, self.connection.dialect)
+        objects, addresses, amounts = archive.write(
             store,
             self.connection,
-            copies.query(rows, self.connection, batch, unread=unread),
+            query(batch, unread=unread),
             doubted=needles.of(rows.needles if unread else ()),
-            again=lambda places: copies.query(rows, self.connection, copies.among(batch, places)),
+            again=lambda places: query(copies.among(batch, places)),
             table=rows.what.name,
             run=run,
         )
-        return copies.at(batch, addresses, sizes), objects
+        return copies.at(batch, addresses, amounts), objects
 
     def archived(self) -> list[ArchivedObject]:
         """The objects of this run whose rows are gone from the database."""

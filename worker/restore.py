@@ -254,7 +254,7 @@ class Restore:
 
     @cached_property
     def _json_columns(self) -> dict[str, str]:
-        return livetable.json_columns(self._connection, self.log.name)
+        return livetable.of_json(self._columns)
 
     @cached_property
     def _columns(self) -> tuple[Column, ...]:

@@ -65,7 +65,7 @@ class Cutoffs:
     """The moment before which a row is old: `special` for companies whose policy differs, else `default`."""
 
     default: datetime
-    special: Mapping[UUID, datetime] = field(default_factory=dict)
+    special: Mapping[UUID, datetime] = field(default_factory=dict, hash=False)
 
     def of(self, company: str | None) -> datetime:
         return self.default if company is None else self.special.get(UUID(company), self.default)

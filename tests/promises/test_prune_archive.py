@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -14,8 +15,9 @@ import sqlalchemy as sa
 
 from tasks.prune_logs import PruneLogs
 from tests.conftest import Deployment
-from worker import audit, copies, layouts
+from worker import audit, copies, copyout, layouts, rules
 from worker.archive import ArchivedObject
+from worker.errors import WorkerError
 from worker.job import Batch
 from worker.means import Means
 from worker.plans import Tally
@@ -65,6 +67,62 @@ def test_rows_of_one_moment_are_never_one_bite(deployment: Deployment, unit: str
     assert sum(one.rows for _, objects, _ in bites for one in objects) == planned.total.rows
 
 
+@pytest.mark.parametrize("held", ["company", "user", "task"])
+def test_what_remains_is_what_a_plan_would_say(deployment: Deployment, held: str) -> None:
+    """Verify asks in another way than the plan, and must come to the same."""
+    task = {
+        "guide": "SELECT metadata->>'taskId' FROM activity_log ORDER BY timestamp LIMIT 1",
+        "paperclip": "SELECT a.entity_id FROM activity_log a JOIN issues i ON i.id::text = a.entity_id "
+        "AND i.status = 'done' ORDER BY a.created_at LIMIT 1",
+    }
+    ((name,),) = deployment.query(
+        {
+            "company": "SELECT id::text FROM companies ORDER BY 1 LIMIT 1",
+            "user": "SELECT actor_id FROM activity_log WHERE actor_type = 'user' ORDER BY 1 LIMIT 1",
+            "task": task[deployment.layout],
+        }[held]
+    )
+    rules.add_hold(deployment.operations, kind=held, name=name, reason="case", actor="counsel", until=None)
+    with _means(deployment) as means:
+        rows = JOB._expired(means)
+        targets, left = rows.count(means.connection)
+        assert rows.remaining(means.connection) == (
+            tuple(replace(one, bytes=0, digest="0" * 16) for one in targets),
+            left,
+        )
+        assert {one.reason for one in left} >= {"legal_hold"}
+        for _ in _bites(means, 1_000):
+            pass
+        assert rows.remaining(means.connection) == ((), left)
+        assert rows.count(means.connection) == ((), left)
+
+
+def test_a_row_that_a_trigger_keeps_undoes_the_bite(released: Deployment) -> None:
+    """The archive would have a row that is still there."""
+    released.query(
+        "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RETURN CASE WHEN OLD.action <> 'issue.updated' THEN OLD END; END $$"
+    )
+    released.query("CREATE TRIGGER keep BEFORE DELETE ON activity_log FOR EACH ROW EXECUTE FUNCTION keep()")
+    before = released.query("SELECT count(*) FROM activity_log")
+    run = released.operations.start(JOB, actor="tester", via="test")
+    with pytest.raises(WorkerError, match="as if a trigger kept the others; nothing was deleted"):
+        released.operations.runner().work(run, seconds=math.inf)
+    assert released.query("SELECT count(*) FROM activity_log") == before
+    assert released.query("SELECT state FROM paperclip_worker.runs") == [("failed",)]
+    assert released.query("SELECT count(*) FROM paperclip_worker.objects") == [(0,)]
+
+
+def test_a_query_is_filled_with_a_term(released: Deployment) -> None:
+    """Each counts its parameters from one, and a term may be an OR and have a percent sign."""
+    number = sa.func.generate_series(1, 9).column_valued("n")
+    with released.operations.transaction() as connection:
+        query = copyout.compiled(sa.select(number).where(number > 2, copyout.HOLE), connection.dialect)
+        for term, expected in ((sa.or_(number % 2 == 1, number == 2), [3, 5, 7, 9]), (number < 5, [3, 4])):
+            found = copyout.rows(connection, copyout.filled(query, term, connection.dialect))
+            assert [int.from_bytes(value) for (value,) in found] == expected
+
+
 def test_a_large_row_is_not_put_together_with_others(released: Deployment) -> None:
     released.query(
         "UPDATE activity_log SET details = to_jsonb(array(SELECT md5(random()::text) FROM generate_series(1, 500))) "
@@ -72,10 +130,10 @@ def test_a_large_row_is_not_put_together_with_others(released: Deployment) -> No
     )
     with _means(released) as means:
         rows = JOB._expired(means)
-        chunks = means.connection.execute(
-            copies.query(rows, means.connection, Batch(after={}, exhausted=True, window=sa.true()))
-        )
-        sizes = [(number, len(text)) for _, number, _, _, _, _, text in chunks]
+        batch = Batch(after={}, exhausted=True, window=sa.true())
+        query = copies.query(rows, means.columns(rows.what), means.connection.dialect, batch)
+        chunks = copyout.rows(means.connection, query)
+        sizes = [(int.from_bytes(number), len(text)) for _, number, _, _, _, _, text in chunks]
     large = [number for number, length in sizes if length > 15_000 and number == 1]
     assert len(large) >= 1
     assert max(length / number for number, length in sizes if number > 1) < 5_000

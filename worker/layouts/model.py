@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
@@ -67,14 +67,15 @@ class Records:
         """Every table a statement on these rows touches, with the columns it needs."""
         return (self.table, *(table for keep in self.keeps for table in keep.reads))
 
-    def names_user(self, ids: Sequence[str]) -> sa.ColumnElement[bool]:
-        """Rows in which a column is the id of one of these users."""
-        return sa.or_(sa.false(), *(_is_one(column, ids) for column in self.users))
-
-    def names_task(self, ids: Sequence[str]) -> sa.ColumnElement[bool]:
-        """Rows in which a column is the id of one of these tasks, and those of the tasks' runs."""
-        terms = [_is_one(column, ids) for column in self.tasks]
-        return sa.or_(sa.false(), *terms, *([self.of_tasks(ids)] if self.of_tasks else []))
+    def names(self, users: Sequence[str], tasks: Sequence[str]) -> sa.ColumnElement[bool]:
+        """Rows in which a column is the id of one of these users or tasks, and those of the tasks' runs."""
+        # Most columns may name either: each is asked once for all.
+        ids: dict[sa.ColumnElement[Any], list[str]] = {}
+        for columns, found in ((self.users, users), (self.tasks, tasks)):
+            for column in columns:
+                ids.setdefault(column, []).extend(found)
+        terms = [_is_one(column, found) for column, found in ids.items() if found]
+        return sa.or_(sa.false(), *terms, *([self.of_tasks(tasks)] if tasks and self.of_tasks else []))
 
     def mentions(self, ids: Sequence[str]) -> sa.ColumnElement[bool]:
         """Rows that have one of these ids anywhere in a text or JSON, in small letters or capitals."""
@@ -184,7 +185,7 @@ class TaskTable(Records):
     """
 
     archived: Callable[[datetime], Mapping[str, Any]]
-    back: Mapping[str, Any]
+    back: Mapping[str, Any] = field(hash=False)
     mark: sa.ColumnElement[str]
     open: sa.ColumnElement[bool]
     resized: bool = True
