@@ -78,6 +78,18 @@ _CASE = (
 )
 
 
+_CHAT = (
+    "INSERT INTO chat_conversations (id, company_id, endpoint_id, issue_id, external_conversation_id, "
+    "external_thread_id, external_label, is_direct_message, state, session_generation) "
+    "VALUES (%(other)s, %(company)s, %(third)s, %(task)s, 'c', 't', 'own', {direct}, '{state}', 1)"
+)
+_ROUTINE = (
+    "INSERT INTO routines (id, company_id, parent_issue_id, title, priority, status, concurrency_policy, "
+    "catch_up_policy, variables, latest_revision_number, origin_kind, activity_gate_policy, activity_gate_scope) "
+    "VALUES (%(other)s, %(company)s, %(task)s, 'own', 'medium', '{status}', 'x', 'x', '[]', 1, 'x', 'x', 'x')"
+)
+
+
 def _status(table: str, status: str) -> str:
     return f"UPDATE {table} SET status = '{status}' WHERE id = %(other)s"
 
@@ -204,6 +216,26 @@ _CASES: dict[str, _Case] = {
             "unlinked": "UPDATE pipeline_case_issue_links SET retired_at = now() WHERE case_id = %(other)s",
             "cancelled": _CANCELLED,
         }.items()
+    },
+    **{
+        f"{'direct chat' if direct else 'thread'} {state}, then {after}": _Case(
+            "chat_bound",
+            (_CHAT.format(direct=direct, state=state),),
+            (f"UPDATE chat_conversations SET state = '{after}' WHERE id = %(other)s",),
+        )
+        for direct, state, after in (
+            (True, "active", "completed"),
+            (True, "unheard_of", "endpoint_removed"),
+            (False, "waiting", "endpoint_removed"),
+            (False, "completed", "endpoint_removed"),
+            (False, "unavailable", "endpoint_removed"),
+        )
+    },
+    **{
+        f"routine {status}": _Case(
+            "has_routine", (_ROUTINE.format(status=status),), (_status("routines", "archived"),)
+        )
+        for status in ("active", "paused", "unheard_of")
     },
     "harness": _Case(
         "managed",

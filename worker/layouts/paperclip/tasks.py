@@ -59,6 +59,8 @@ _CASE_LINKS = table(
     issue_id=_UUID,
     retired_at=sa.DateTime(timezone=True),
 )
+_CHATS = table("chat_conversations", company_id=_UUID, issue_id=_UUID, state=sa.Text, is_direct_message=sa.Boolean)
+_ROUTINES = table("routines", company_id=_UUID, parent_issue_id=_UUID, status=sa.Text)
 _CASES = table("pipeline_cases", id=_UUID, terminal_kind=sa.Text, retired_at=sa.DateTime(timezone=True))
 
 
@@ -201,6 +203,30 @@ def _case_open() -> Keep:
     )
 
 
+def _chat_bound() -> Keep:
+    # A direct chat that is completed goes on with another task; a thread comes back to its own, whatever its state.
+    closed = sa.or_(
+        _CHATS.c.state == "endpoint_removed", sa.and_(_CHATS.c.state == "completed", _CHATS.c.is_direct_message)
+    )
+    return Keep(
+        reason="chat_bound",
+        why="a message in its chat thread or mailbox would set it to work again, where nobody sees it",
+        rows=sa.exists(_CHATS.c.issue_id).where(
+            _CHATS.c.company_id == TASKS.c.company_id, _CHATS.c.issue_id == TASKS.c.id, ~closed
+        ),
+        reads=(_CHATS,),
+    )
+
+
+def _has_routine() -> Keep:
+    return Keep(
+        reason="has_routine",
+        why="a routine that is not archived opens tasks below it",
+        rows=_of_task(_ROUTINES, "parent_issue_id", ("archived",)),
+        reads=(_ROUTINES,),
+    )
+
+
 def _managed() -> Keep:
     return Keep(
         reason="managed",
@@ -240,7 +266,17 @@ TASK_TABLE = TaskTable(
     indexed=False,
     updated=True,
     among=sa.and_(TASKS.c.status.in_(TERMINAL_ISSUE), TASKS.c.hidden_at.is_(None)),
-    keeps=(_run_live(), _open_below(), _blocks_open(), _answer_pending(), _recovering(), _case_open(), _managed()),
+    keeps=(
+        _run_live(),
+        _open_below(),
+        _blocks_open(),
+        _answer_pending(),
+        _recovering(),
+        _case_open(),
+        _chat_bound(),
+        _has_routine(),
+        _managed(),
+    ),
     users=_named("personal"),
     # One that was made for a task names it; `origin_id` may be of a user as well, or be put together of several ids.
     tasks=(TASKS.c.parent_id, *_named("personal")),
