@@ -21,6 +21,8 @@ from worker.liveness import BEAT_PREFIX
 from worker.logs import log
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from worker.config import Settings
     from worker.operations import Operations
     from worker.timetable import Timetable
@@ -46,18 +48,19 @@ class Entry(RedBeatSchedulerEntry):  # type: ignore[misc]
 class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     """Redbeat's scheduler, which writes nothing without the lock and outlasts a broker that is gone for a while.
 
-    `note` keeps in the ledger since when the entries hold.
+    `own` is the deployment's ledger; `note` keeps in it since when the entries hold.
     """
 
     Entry = Entry
 
-    def __init__(self, *, times: Timetable, note: Callable[[], None], **given: Any) -> None:
+    def __init__(self, *, times: Timetable, own: UUID, note: Callable[[], None], **given: Any) -> None:
         # Lazy, or the schedule would be written here. Without a key redbeat takes no lock, which it does in a
         # signal handler, where Celery swallows what goes wrong.
         super().__init__(**{**given, "lazy": True})
         self.lock: Lock | None = None
         self._lock_name, self.lock_key = str(self.app.redbeat_conf.lock_key), None
         self._times = times
+        self._own = str(own)
         self._note = note
         self._written = self._noted = False
         self._other: str | None = None
@@ -92,6 +95,8 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     def _leads(self) -> bool:
         """Whether this beat is the one at work; the schedule is then in Redis as its own file has it."""
         client = get_redis(self.app)
+        if not self._owns(client):
+            return False
         if self.lock is not None:
             try:
                 self.lock.extend(self.lock_timeout, replace_ttl=True)
@@ -112,6 +117,18 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         if not self._noted:
             self._noted = self._take_note()
         return True
+
+    def _owns(self, client: Any) -> bool:
+        """Whether the broker is this deployment's. A claim that went with its data is made again."""
+        owner = brokers.owner(client, self._own)
+        if owner == self._own:
+            return True
+        log.error("another deployment has claimed the broker", ledger=owner)
+        if self.lock is not None:
+            with suppress(LockError):
+                self.lock.release()
+            self.lock = None
+        return False
 
     def _compare(self, digest: str | None) -> None:
         """Say once that the beat at work has another schedule."""
@@ -148,7 +165,7 @@ def run(settings: Settings) -> None:
     operations, times, own = app.begin(settings)
     celery = app.make(settings, times)
     brokers.require_own(celery, own)
-    scheduler: Any = partial(Scheduler, times=times, note=partial(_note, operations, times))
+    scheduler: Any = partial(Scheduler, times=times, own=own, note=partial(_note, operations, times))
     celery.Beat(loglevel="INFO", scheduler_cls=scheduler).run()
 
 

@@ -49,20 +49,21 @@ def require_own(app: Celery, ledger: UUID) -> None:
     """
     try:
         with connected(app, 3) as connection:
-            owner = _owner(connection.default_channel, str(ledger))
+            channel: Any = connection.default_channel
+            found = owner(channel.client, str(ledger))
     except Silent as silent:
         raise Silent(f"{silent}; start it, or run jobs with --inline") from silent
-    if owner != str(ledger):
+    if found != str(ledger):
         raise Refused(
-            f"{_NAME}: this database of Redis is another deployment's (ledger {owner}; this one is {ledger}); "
+            f"{_NAME}: this database of Redis is another deployment's (ledger {found}; this one is {ledger}); "
             f"give each a database of its own; if that one is gone, remove its claim: `redis-cli -u URL DEL {CLAIM}`"
         )
 
 
-def _owner(channel: Any, ledger: str) -> str:
-    client = channel.client
+def owner(client: Any, ledger: str) -> str:
+    """Whose a database of Redis is: this ledger's, from now on, where it was nobody's."""
     found = client.get(CLAIM)
     if found is None:
         client.set(CLAIM, ledger, nx=True)
         found = client.get(CLAIM)
-    return bytes(found or b"nobody").decode(errors="replace")
+    return found if isinstance(found, str) else bytes(found or b"nobody").decode(errors="replace")

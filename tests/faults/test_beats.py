@@ -22,7 +22,7 @@ from redbeat import RedBeatSchedulerEntry  # type: ignore[import-untyped]
 import schedules
 from tests.conftest import Deployment
 from tests.faults.evidence import wait
-from worker import app, beat, config, logs, timetable
+from worker import app, beat, brokers, config, logs, timetable
 from worker.runner import Outcome
 
 pytestmark = pytest.mark.faults
@@ -75,7 +75,9 @@ def _scheduler(deployment: Deployment, **settings: str) -> Iterator[beat.Schedul
     """Beat's scheduler without its process; the settings are those of the worker's."""
     with _celery(deployment, **settings) as celery:
         times = timetable.load(deployment.with_settings(**settings).settings)
-        scheduler = beat.Scheduler(app=celery, times=times, note=lambda: None)
+        scheduler = beat.Scheduler(
+            app=celery, times=times, own=deployment.operations.require_ledger(), note=lambda: None
+        )
         try:
             yield scheduler
         finally:
@@ -148,6 +150,31 @@ def test_two_beats_whose_redis_lost_its_data_go_on(released: Deployment, broker:
         wait(lambda: _launched(broker)[ACTIVITY] == 1)
     assert _launched(broker) == {ACTIVITY: 1}
     assert (one.returncode, other.returncode) == (0, 0)
+
+
+def test_a_claim_that_went_with_the_data_is_made_again(released: Deployment, broker: redis.Redis) -> None:
+    """Or another deployment with this broker in its settings, refused until then, would take our messages."""
+    with _at_work(released) as scheduler:
+        broker.flushdb()
+        scheduler.tick()
+        assert broker.get(brokers.CLAIM) == str(released.operations.require_ledger())
+
+
+def test_a_beat_whose_broker_another_deployment_claimed_sends_nothing(
+    released: Deployment, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logs.log, "error", lambda event, **_: said.append(event))
+    with _at_work(released) as scheduler:
+        make_due(released, ACTIVITY)
+        broker.set(brokers.CLAIM, "another")
+        scheduler.tick()
+        assert (scheduler.lock, broker.get(LOCK)) == (None, None)
+        assert not _launched(broker)
+        assert said == ["another deployment has claimed the broker"]
+        broker.delete(brokers.CLAIM)
+        scheduler.tick()
+    assert _launched(broker) == {ACTIVITY: 1}
 
 
 def test_a_beat_that_waits_leaves_the_schedule_and_the_ledger_as_they_are(
