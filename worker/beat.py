@@ -110,6 +110,9 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
                 return False
             self.lock, self._written, self._noted = lock, False, False
             log.info("beat is at work")
+        if self._written and not self._is_whole(client):
+            log.error("the broker has lost some of the schedule; its maxmemory-policy must be noeviction")
+            self._written = False
         if not self._written:
             self.setup_schedule()
             client.hset(WRITTEN, mapping={"timezone": self._times.timezone, "digest": self._times.digest})
@@ -129,6 +132,18 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
                 self.lock.release()
             self.lock = None
         return False
+
+    def _is_whole(self, client: Any) -> bool:
+        """Whether the broker has every entry still: one that is gone would never be sent, and nobody be told."""
+        conf = self.app.redbeat_conf
+        with client.pipeline() as pipe:
+            pipe.exists(conf.statics_key)
+            for name in conf.schedule:
+                key = self.Entry.generate_key(self.app, name)
+                pipe.hexists(key, "definition")
+                pipe.zscore(conf.schedule_key, key)
+            statics, *found = pipe.execute()
+        return bool(statics) and all(found[::2]) and None not in found[1::2]
 
     def _compare(self, digest: str | None) -> None:
         """Say once that the beat at work has another schedule."""

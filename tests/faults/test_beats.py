@@ -152,6 +152,21 @@ def test_two_beats_whose_redis_lost_its_data_go_on(released: Deployment, broker:
     assert (one.returncode, other.returncode) == (0, 0)
 
 
+@pytest.mark.parametrize("lost", [DUE, STATICS, PREFIX + "rescue", PREFIX + ACTIVITY])
+def test_what_the_broker_loses_of_the_schedule_comes_back(
+    released: Deployment, broker: redis.Redis, lost: str
+) -> None:
+    """A Redis that is set up as a cache evicts what it likes, and the lock may be there still."""
+    with _at_work(released) as scheduler:
+        due, entries = _due_times(broker), broker.smembers(STATICS)
+        broker.delete(lost)
+        scheduler.tick()
+        assert _due_times(broker) == pytest.approx(due, abs=60)
+        assert all(broker.hexists(str(key), "definition") for key in due)
+        assert broker.smembers(STATICS) == entries
+    assert not _launched(broker)
+
+
 def test_a_claim_that_went_with_the_data_is_made_again(released: Deployment, broker: redis.Redis) -> None:
     """Or another deployment with this broker in its settings, refused until then, would take our messages."""
     with _at_work(released) as scheduler:
