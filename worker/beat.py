@@ -74,6 +74,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
             return float(super().tick(**given))
         except RedisError as error:
             log.warning("beat cannot use the broker and tries again", error=type(error).__name__)
+            self._disconnect()
             return float(self.max_interval)
 
     def update_from_dict(self, dict_: dict[str, Any]) -> None:
@@ -86,6 +87,15 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
                     known.reschedule()
                 entry.last_run_at = known.last_run_at and known.last_run_at.astimezone(UTC)
             entry.save()
+
+    def _disconnect(self) -> None:
+        """Look the broker up anew: a server that a failover made a replica goes on to answer, and takes nothing."""
+        get_redis(self.app).connection_pool.disconnect()
+        # What Celery sends by; each is made again when it is asked for.
+        sending = [self.__dict__.pop(name, None) for name in ("_maybe_due_kwargs", "producer", "connection")]
+        with suppress(OSError, RedisError):
+            if sending[-1] is not None:
+                sending[-1].release()
 
     def close(self) -> None:
         """Free the lock, where the broker can be told; else it runs out."""

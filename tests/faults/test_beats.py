@@ -192,6 +192,28 @@ def test_a_beat_whose_broker_another_deployment_claimed_sends_nothing(
     assert _launched(broker) == {ACTIVITY: 1}
 
 
+def test_a_beat_leaves_a_broker_that_became_a_replica(released: Deployment, broker: redis.Redis) -> None:
+    """In a failover the name is another server's by now: who stays connected hears for ever that it takes nothing."""
+
+    def connections() -> set[str]:
+        return {one["id"] for one in broker.client_list()} - {str(broker.client_id())}
+
+    with _at_work(released) as scheduler:
+        make_due(released, ACTIVITY)
+        scheduler.tick()
+        assert _launched(broker) == {ACTIVITY: 1}
+        before = connections()
+        broker.replicaof("127.0.0.1", "1")
+        try:
+            scheduler.tick()
+        finally:
+            broker.replicaof("NO", "ONE")
+        make_due(released, EVENTS)
+        scheduler.tick()
+        assert _launched(broker) == {ACTIVITY: 1, EVENTS: 1}
+        assert not before & connections()
+
+
 def test_a_beat_that_waits_leaves_the_schedule_and_the_ledger_as_they_are(
     released: Deployment, broker: redis.Redis, tmp_path: Path
 ) -> None:
