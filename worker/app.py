@@ -17,6 +17,7 @@ from worker.errors import DatabaseGone, Transient, UnderWay, WorkerError
 from worker.logs import log
 from worker.operations import Operations
 from worker.runner import Outcome, Runner
+from worker.sparing import Sparing
 
 if TYPE_CHECKING:
     from worker.config import Settings
@@ -67,6 +68,8 @@ class Site:
         self._app = app
         # Set in the pool's parent and seen by its children: between two bites they hand their run back.
         self.draining = multiprocessing.Event()
+        self.measure = Sparing(self._measure)
+        self._anchor = Sparing(self._write_pending)
 
     @cached_property
     def operations(self) -> Operations:
@@ -129,7 +132,7 @@ class Site:
         with self.operations.transaction(read_only=True) as connection:
             return standing.has_run(connection, name, since=since)
 
-    def measure(self) -> None:
+    def _measure(self) -> None:
         """Measure the backlog of every schedule entry, for the metrics.
 
         One worker at a time: where it takes longer than until the next is due, all would measure and none would work.
@@ -149,6 +152,10 @@ class Site:
             except Exception as error:  # noqa: BLE001 - one run that cannot be helped must not keep help from others
                 log.error("run not rescued", run=str(run.id), error=type(error).__name__)
         # Last: a store that hangs must not keep runs waiting.
+        self._anchor()
+
+    def _write_pending(self) -> None:
+        # The signing key is read by the process that works, and not where the pool forks.
         self.runner.anchor()
 
     def _rescue(self, run: Run) -> None:
