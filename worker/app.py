@@ -13,7 +13,7 @@ from uuid import UUID
 from celery import Celery, signals
 
 from worker import backlog, brokers, liveness, logs, standing, timetable
-from worker.errors import DatabaseGone, Transient, UnderWay, WorkerError
+from worker.errors import DatabaseGone, LedgerMissing, Transient, UnderWay, WorkerError
 from worker.logs import log
 from worker.operations import Operations
 from worker.runner import Outcome, Runner
@@ -121,7 +121,8 @@ class Site:
         except UnderWay as error:
             log.warning("schedule entry skipped", entry=name, why=str(error))
         except WorkerError as error:
-            if isinstance(error, Transient) and tries < MOST_LAUNCHES:
+            # Between two releases another worker may be of the ledger's.
+            if isinstance(error, Transient | LedgerMissing) and tries < MOST_LAUNCHES:
                 log.warning("schedule entry is tried again", entry=name, why=str(error))
                 self._app.send_task(_LAUNCH, (name, tries + 1, since), countdown=LAUNCH_AGAIN)
                 return

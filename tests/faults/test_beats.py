@@ -457,6 +457,18 @@ def test_a_worker_takes_a_launch_up_again(
         wait(lambda: released.query("SELECT state FROM paperclip_worker.runs") == [("kept",)])
 
 
+def test_a_worker_of_another_release_leaves_an_entry_to_others(released: Deployment, broker: redis.Redis) -> None:
+    """Old workers may be up for a while when `db init` has brought the ledger to the new release."""
+    ((mine,),) = released.query("SELECT version_num FROM paperclip_worker.alembic_version")
+    released.query("UPDATE paperclip_worker.alembic_version SET version_num = '9999'")
+    with _site(released) as site:
+        site.launch(ACTIVITY)
+        (again,) = _messages(broker)
+        released.query("UPDATE paperclip_worker.alembic_version SET version_num = %s", mine)
+        site.launch(*again)
+    assert released.query("SELECT via FROM paperclip_worker.runs") == [(f"schedule:{ACTIVITY}",)]
+
+
 def test_after_an_hour_a_launch_is_given_up(released: Deployment, broker: redis.Redis) -> None:
     assert app.MOST_LAUNCHES * app.LAUNCH_AGAIN == 3600
     with _site(released, **_FAULTS["database"]) as site:
