@@ -300,6 +300,7 @@ def run_worker(settings: Settings, *, concurrency: int) -> int:
     except brokers.Silent as silent:
         # Celery goes on looking for it.
         log.warning("the worker waits for its broker", why=str(silent))
+        signals.worker_ready.connect(lambda **_: brokers.leave_another_s(app, own), weak=False)
     if settings.metrics_port is not None:
         from worker import metrics  # noqa: PLC0415 - only where a port is configured
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from celery.exceptions import WorkerShutdown
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError, ResponseError
 
 from worker.errors import Refused
+from worker.logs import log
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -58,6 +60,18 @@ def require_own(app: Celery, ledger: UUID) -> None:
             f"{_NAME}: this database of Redis is another deployment's (ledger {found}; this one is {ledger}); "
             f"give each a database of its own; if that one is gone, remove its claim: `redis-cli -u URL DEL {CLAIM}`"
         )
+
+
+def leave_another_s(app: Celery, ledger: UUID) -> None:
+    """End the worker that calls this, where its broker is another ledger's. It was not there to be asked before."""
+    try:
+        require_own(app, ledger)
+    except Silent:
+        # Gone again.
+        return
+    except Refused as refusal:
+        log.error("the worker ends", why=str(refusal))
+        raise WorkerShutdown(int(refusal.exit_code)) from None
 
 
 def owner(client: Any, ledger: str) -> str:
