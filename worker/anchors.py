@@ -125,12 +125,13 @@ def write(
 
     Raises StorageFault or Refused at the first the store does not take, and AnchorTampered, after the others,
     for one that was changed, or when something else has its name. What was written until then stays and is recorded.
+    `most` bounds what is written, not what cannot be: that would keep later receipts out for good.
     """
     done: list[Anchor] = []
     tampered: AnchorTampered | None = None
     lock: Lock | None = None
     for number, (receipt, before) in enumerate(_receipts(engine, settings, every=every)):
-        if number == most:
+        if len(done) == most:
             break
         if number == 0 and store.lockable():
             lock = Lock(mode=settings.receipt_lock_mode, until=_now(engine, settings) + settings.receipt_lock)

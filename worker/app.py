@@ -13,10 +13,11 @@ from uuid import UUID
 from celery import Celery, signals
 
 from worker import backlog, brokers, liveness, logs, standing, timetable
-from worker.errors import DatabaseGone, Transient, UnderWay, WorkerError
+from worker.errors import DatabaseGone, LedgerMissing, Transient, UnderWay, WorkerError
 from worker.logs import log
 from worker.operations import Operations
 from worker.runner import Outcome, Runner
+from worker.sparing import Sparing
 
 if TYPE_CHECKING:
     from worker.config import Settings
@@ -67,6 +68,8 @@ class Site:
         self._app = app
         # Set in the pool's parent and seen by its children: between two bites they hand their run back.
         self.draining = multiprocessing.Event()
+        self.measure = Sparing(self._measure)
+        self._anchor = Sparing(self._write_pending)
 
     @cached_property
     def operations(self) -> Operations:
@@ -118,7 +121,8 @@ class Site:
         except UnderWay as error:
             log.warning("schedule entry skipped", entry=name, why=str(error))
         except WorkerError as error:
-            if isinstance(error, Transient) and tries < MOST_LAUNCHES:
+            # Between two releases another worker may be of the ledger's.
+            if isinstance(error, Transient | LedgerMissing) and tries < MOST_LAUNCHES:
                 log.warning("schedule entry is tried again", entry=name, why=str(error))
                 self._app.send_task(_LAUNCH, (name, tries + 1, since), countdown=LAUNCH_AGAIN)
                 return
@@ -129,7 +133,7 @@ class Site:
         with self.operations.transaction(read_only=True) as connection:
             return standing.has_run(connection, name, since=since)
 
-    def measure(self) -> None:
+    def _measure(self) -> None:
         """Measure the backlog of every schedule entry, for the metrics.
 
         One worker at a time: where it takes longer than until the next is due, all would measure and none would work.
@@ -149,6 +153,10 @@ class Site:
             except Exception as error:  # noqa: BLE001 - one run that cannot be helped must not keep help from others
                 log.error("run not rescued", run=str(run.id), error=type(error).__name__)
         # Last: a store that hangs must not keep runs waiting.
+        self._anchor()
+
+    def _write_pending(self) -> None:
+        # The signing key is read by the process that works, and not where the pool forks.
         self.runner.anchor()
 
     def _rescue(self, run: Run) -> None:
@@ -292,6 +300,7 @@ def run_worker(settings: Settings, *, concurrency: int) -> int:
     except brokers.Silent as silent:
         # Celery goes on looking for it.
         log.warning("the worker waits for its broker", why=str(silent))
+        signals.worker_ready.connect(lambda **_: brokers.leave_another_s(app, own), weak=False)
     if settings.metrics_port is not None:
         from worker import metrics  # noqa: PLC0415 - only where a port is configured
 

@@ -21,6 +21,8 @@ from worker.liveness import BEAT_PREFIX
 from worker.logs import log
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from worker.config import Settings
     from worker.operations import Operations
     from worker.timetable import Timetable
@@ -46,18 +48,19 @@ class Entry(RedBeatSchedulerEntry):  # type: ignore[misc]
 class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     """Redbeat's scheduler, which writes nothing without the lock and outlasts a broker that is gone for a while.
 
-    `note` keeps in the ledger since when the entries hold.
+    `own` is the deployment's ledger; `note` keeps in it since when the entries hold.
     """
 
     Entry = Entry
 
-    def __init__(self, *, times: Timetable, note: Callable[[], None], **given: Any) -> None:
+    def __init__(self, *, times: Timetable, own: UUID, note: Callable[[], None], **given: Any) -> None:
         # Lazy, or the schedule would be written here. Without a key redbeat takes no lock, which it does in a
         # signal handler, where Celery swallows what goes wrong.
         super().__init__(**{**given, "lazy": True})
         self.lock: Lock | None = None
         self._lock_name, self.lock_key = str(self.app.redbeat_conf.lock_key), None
         self._times = times
+        self._own = str(own)
         self._note = note
         self._written = self._noted = False
         self._other: str | None = None
@@ -71,6 +74,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
             return float(super().tick(**given))
         except RedisError as error:
             log.warning("beat cannot use the broker and tries again", error=type(error).__name__)
+            self._disconnect()
             return float(self.max_interval)
 
     def update_from_dict(self, dict_: dict[str, Any]) -> None:
@@ -84,6 +88,15 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
                 entry.last_run_at = known.last_run_at and known.last_run_at.astimezone(UTC)
             entry.save()
 
+    def _disconnect(self) -> None:
+        """Look the broker up anew: a server that a failover made a replica goes on to answer, and takes nothing."""
+        get_redis(self.app).connection_pool.disconnect()
+        # What Celery sends by; each is made again when it is asked for.
+        sending = [self.__dict__.pop(name, None) for name in ("_maybe_due_kwargs", "producer", "connection")]
+        with suppress(OSError, RedisError):
+            if sending[-1] is not None:
+                sending[-1].release()
+
     def close(self) -> None:
         """Free the lock, where the broker can be told; else it runs out."""
         with suppress(RedisError):
@@ -92,6 +105,8 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     def _leads(self) -> bool:
         """Whether this beat is the one at work; the schedule is then in Redis as its own file has it."""
         client = get_redis(self.app)
+        if not self._owns(client):
+            return False
         if self.lock is not None:
             try:
                 self.lock.extend(self.lock_timeout, replace_ttl=True)
@@ -105,6 +120,9 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
                 return False
             self.lock, self._written, self._noted = lock, False, False
             log.info("beat is at work")
+        if self._written and not self._is_whole(client):
+            log.error("the broker has lost some of the schedule; its maxmemory-policy must be noeviction")
+            self._written = False
         if not self._written:
             self.setup_schedule()
             client.hset(WRITTEN, mapping={"timezone": self._times.timezone, "digest": self._times.digest})
@@ -112,6 +130,30 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         if not self._noted:
             self._noted = self._take_note()
         return True
+
+    def _owns(self, client: Any) -> bool:
+        """Whether the broker is this deployment's. A claim that went with its data is made again."""
+        owner = brokers.owner(client, self._own)
+        if owner == self._own:
+            return True
+        log.error("another deployment has claimed the broker", ledger=owner)
+        if self.lock is not None:
+            with suppress(LockError):
+                self.lock.release()
+            self.lock = None
+        return False
+
+    def _is_whole(self, client: Any) -> bool:
+        """Whether the broker has every entry still: one that is gone would never be sent, and nobody be told."""
+        conf = self.app.redbeat_conf
+        with client.pipeline() as pipe:
+            pipe.exists(conf.statics_key)
+            for name in conf.schedule:
+                key = self.Entry.generate_key(self.app, name)
+                pipe.hexists(key, "definition")
+                pipe.zscore(conf.schedule_key, key)
+            statics, *found = pipe.execute()
+        return bool(statics) and all(found[::2]) and None not in found[1::2]
 
     def _compare(self, digest: str | None) -> None:
         """Say once that the beat at work has another schedule."""
@@ -148,7 +190,7 @@ def run(settings: Settings) -> None:
     operations, times, own = app.begin(settings)
     celery = app.make(settings, times)
     brokers.require_own(celery, own)
-    scheduler: Any = partial(Scheduler, times=times, note=partial(_note, operations, times))
+    scheduler: Any = partial(Scheduler, times=times, own=own, note=partial(_note, operations, times))
     celery.Beat(loglevel="INFO", scheduler_cls=scheduler).run()
 
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from celery.exceptions import WorkerShutdown
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError, ResponseError
 
 from worker.errors import Refused
+from worker.logs import log
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -49,20 +51,33 @@ def require_own(app: Celery, ledger: UUID) -> None:
     """
     try:
         with connected(app, 3) as connection:
-            owner = _owner(connection.default_channel, str(ledger))
+            channel: Any = connection.default_channel
+            found = owner(channel.client, str(ledger))
     except Silent as silent:
         raise Silent(f"{silent}; start it, or run jobs with --inline") from silent
-    if owner != str(ledger):
+    if found != str(ledger):
         raise Refused(
-            f"{_NAME}: this database of Redis is another deployment's (ledger {owner}; this one is {ledger}); "
+            f"{_NAME}: this database of Redis is another deployment's (ledger {found}; this one is {ledger}); "
             f"give each a database of its own; if that one is gone, remove its claim: `redis-cli -u URL DEL {CLAIM}`"
         )
 
 
-def _owner(channel: Any, ledger: str) -> str:
-    client = channel.client
+def leave_another_s(app: Celery, ledger: UUID) -> None:
+    """End the worker that calls this, where its broker is another ledger's. It was not there to be asked before."""
+    try:
+        require_own(app, ledger)
+    except Silent:
+        # Gone again.
+        return
+    except Refused as refusal:
+        log.error("the worker ends", why=str(refusal))
+        raise WorkerShutdown(int(refusal.exit_code)) from None
+
+
+def owner(client: Any, ledger: str) -> str:
+    """Whose a database of Redis is: this ledger's, from now on, where it was nobody's."""
     found = client.get(CLAIM)
     if found is None:
         client.set(CLAIM, ledger, nx=True)
         found = client.get(CLAIM)
-    return bytes(found or b"nobody").decode(errors="replace")
+    return found if isinstance(found, str) else bytes(found or b"nobody").decode(errors="replace")

@@ -162,6 +162,13 @@ _BOUNDS = sa.select(
         )
     ),
     sa.func.set_config(_SYNC, _WAITS, True),
+    # Each statement of ours has its bound, and the app's short transactions are no measure. PostgreSQL 17 brought it.
+    sa.case(
+        (
+            sa.func.current_setting("transaction_timeout", True).is_not(None),
+            sa.func.set_config("transaction_timeout", "0", True),
+        )
+    ),
     # Values become text in archive objects, marks and digests: the same text, whatever the role's own settings are.
     *(
         sa.func.set_config(name, value, True)

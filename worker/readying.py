@@ -46,7 +46,7 @@ class Readying:
         journal = masterkeys.of(self._connection, self._run)
         if journal is None:
             raise TypeError("this rotation has no journal yet")
-        everything = not self._stands()
+        everything = masterkeys.ahead(self._connection, journal.horizon) or not self._stands()
         masterkeys.look_from_here(self._connection, self._run)
         cutover.allow(self._connection, seconds=self._means.settings.scan_timeout)
         if everything:

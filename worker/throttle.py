@@ -82,13 +82,14 @@ def _view(name: str, *columns: str) -> sa.TableClause:
 
 
 _replication = _view("pg_stat_replication", "replay_lag")
-_slots = _view("pg_replication_slots", "restart_lsn")
+_slots = _view("pg_replication_slots", "restart_lsn", "wal_status")
 _archiver = _view("pg_stat_archiver", "last_failed_time", "last_archived_time")
 _PRESSURE = sa.select(
     sa.select(sa.func.max(sa.extract("epoch", _replication.c.replay_lag))).scalar_subquery(),
-    sa.select(
-        sa.func.max(sa.func.pg_wal_lsn_diff(sa.func.pg_current_wal_lsn(), _slots.c.restart_lsn))
-    ).scalar_subquery(),
+    # One that the server has given up retains nothing, though it says where it was.
+    sa.select(sa.func.max(sa.func.pg_wal_lsn_diff(sa.func.pg_current_wal_lsn(), _slots.c.restart_lsn)))
+    .where(_slots.c.wal_status.is_distinct_from("lost"))
+    .scalar_subquery(),
     sa.select(
         sa.and_(
             sa.func.current_setting("archive_mode") != "off",

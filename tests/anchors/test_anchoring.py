@@ -303,6 +303,19 @@ def test_a_name_that_is_taken_is_told_and_keeps_no_other_out(released: Deploymen
     check_refusal(released.cli("receipts", "verify", "--from-s3", ok=False), says="does not name this", status=1)
 
 
+def test_names_that_are_taken_keep_no_other_out_however_many(
+    released: Deployment, client: S3Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a restore from a backup: each settlement meets all of them before its own receipt."""
+    monkeypatch.setattr("worker.runner.MOST_ANCHORED", 2)
+    prefix = released.environment["PAPERCLIP_WORKER_S3_PREFIX"]
+    for seq in (1, 2, 3):
+        client.put_object(Bucket=embedded.BUCKET, Key=prefix + anchors.head_key(seq), Body=b"mine")
+    for _ in range(4):
+        complete(released, archive=False)
+    assert [one["anchor"] is None for one in released.json("receipts", "list")["receipts"]] == [False, *[True] * 3]
+
+
 _CHANGES = {
     "the body was changed": f"body = replace(body, 'tester', 'nobody'), signature = '{'00' * 64}'",
     "the body is not JSON": "body = repeat('[', 9999), hash = encode(sha256(repeat('[', 9999)::bytea), 'hex')",

@@ -22,7 +22,7 @@ from redbeat import RedBeatSchedulerEntry  # type: ignore[import-untyped]
 import schedules
 from tests.conftest import Deployment
 from tests.faults.evidence import wait
-from worker import app, beat, config, logs, timetable
+from worker import app, beat, brokers, config, logs, timetable
 from worker.runner import Outcome
 
 pytestmark = pytest.mark.faults
@@ -75,7 +75,9 @@ def _scheduler(deployment: Deployment, **settings: str) -> Iterator[beat.Schedul
     """Beat's scheduler without its process; the settings are those of the worker's."""
     with _celery(deployment, **settings) as celery:
         times = timetable.load(deployment.with_settings(**settings).settings)
-        scheduler = beat.Scheduler(app=celery, times=times, note=lambda: None)
+        scheduler = beat.Scheduler(
+            app=celery, times=times, own=deployment.operations.require_ledger(), note=lambda: None
+        )
         try:
             yield scheduler
         finally:
@@ -148,6 +150,68 @@ def test_two_beats_whose_redis_lost_its_data_go_on(released: Deployment, broker:
         wait(lambda: _launched(broker)[ACTIVITY] == 1)
     assert _launched(broker) == {ACTIVITY: 1}
     assert (one.returncode, other.returncode) == (0, 0)
+
+
+@pytest.mark.parametrize("lost", [DUE, STATICS, PREFIX + "rescue", PREFIX + ACTIVITY])
+def test_what_the_broker_loses_of_the_schedule_comes_back(
+    released: Deployment, broker: redis.Redis, lost: str
+) -> None:
+    """A Redis that is set up as a cache evicts what it likes, and the lock may be there still."""
+    with _at_work(released) as scheduler:
+        due, entries = _due_times(broker), broker.smembers(STATICS)
+        broker.delete(lost)
+        scheduler.tick()
+        assert _due_times(broker) == pytest.approx(due, abs=60)
+        assert all(broker.hexists(str(key), "definition") for key in due)
+        assert broker.smembers(STATICS) == entries
+    assert not _launched(broker)
+
+
+def test_a_claim_that_went_with_the_data_is_made_again(released: Deployment, broker: redis.Redis) -> None:
+    """Or another deployment with this broker in its settings, refused until then, would take our messages."""
+    with _at_work(released) as scheduler:
+        broker.flushdb()
+        scheduler.tick()
+        assert broker.get(brokers.CLAIM) == str(released.operations.require_ledger())
+
+
+def test_a_beat_whose_broker_another_deployment_claimed_sends_nothing(
+    released: Deployment, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logs.log, "error", lambda event, **_: said.append(event))
+    with _at_work(released) as scheduler:
+        make_due(released, ACTIVITY)
+        broker.set(brokers.CLAIM, "another")
+        scheduler.tick()
+        assert (scheduler.lock, broker.get(LOCK)) == (None, None)
+        assert not _launched(broker)
+        assert said == ["another deployment has claimed the broker"]
+        broker.delete(brokers.CLAIM)
+        scheduler.tick()
+    assert _launched(broker) == {ACTIVITY: 1}
+
+
+def test_a_beat_leaves_a_broker_that_became_a_replica(released: Deployment, broker: redis.Redis) -> None:
+    """In a failover the name is another server's by now: who stays connected hears for ever that it takes nothing."""
+
+    def connections() -> set[str]:
+        return {one["id"] for one in broker.client_list()} - {str(broker.client_id())}
+
+    with _at_work(released) as scheduler:
+        make_due(released, ACTIVITY)
+        scheduler.tick()
+        assert _launched(broker) == {ACTIVITY: 1}
+        before = connections()
+        broker.replicaof("127.0.0.1", "1")
+        try:
+            scheduler.tick()
+        finally:
+            broker.replicaof("NO", "ONE")
+        make_due(released, EVENTS)
+        scheduler.tick()
+        assert _launched(broker) == {ACTIVITY: 1, EVENTS: 1}
+        assert not before & connections()
 
 
 def test_a_beat_that_waits_leaves_the_schedule_and_the_ledger_as_they_are(
@@ -391,6 +455,18 @@ def test_a_worker_takes_a_launch_up_again(
     assert broker.llen(app.QUEUE) == 1
     with released.worker():
         wait(lambda: released.query("SELECT state FROM paperclip_worker.runs") == [("kept",)])
+
+
+def test_a_worker_of_another_release_leaves_an_entry_to_others(released: Deployment, broker: redis.Redis) -> None:
+    """Old workers may be up for a while when `db init` has brought the ledger to the new release."""
+    ((mine,),) = released.query("SELECT version_num FROM paperclip_worker.alembic_version")
+    released.query("UPDATE paperclip_worker.alembic_version SET version_num = '9999'")
+    with _site(released) as site:
+        site.launch(ACTIVITY)
+        (again,) = _messages(broker)
+        released.query("UPDATE paperclip_worker.alembic_version SET version_num = %s", mine)
+        site.launch(*again)
+    assert released.query("SELECT via FROM paperclip_worker.runs") == [(f"schedule:{ACTIVITY}",)]
 
 
 def test_after_an_hour_a_launch_is_given_up(released: Deployment, broker: redis.Redis) -> None:

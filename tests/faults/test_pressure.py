@@ -52,6 +52,33 @@ def test_a_run_rests_while_a_slot_retains_wal(released: Deployment) -> None:
     assert result["waits"]["retained_wal"] >= 2
 
 
+def test_a_run_rests_for_no_slot_that_the_server_has_given_up(released: Deployment) -> None:
+    """It says where it was, which falls behind for ever, and retains nothing: nobody would end the rest."""
+    timeout = "idle_replication_slot_timeout"
+    if not released.query("SELECT current_setting(%s, true)", timeout)[0][0]:
+        pytest.skip("PostgreSQL before 18 forgets where such a slot was")
+    with psycopg.connect(released.environment["DATABASE_URL"], autocommit=True) as admin:
+
+        def given_up() -> bool:
+            admin.execute("CHECKPOINT")
+            lost = "SELECT count(*) FROM pg_replication_slots WHERE wal_status = 'lost' AND restart_lsn IS NOT NULL"
+            return admin.execute(lost).fetchone() == (1,)
+
+        with _slot(released, "forgotten"):
+            admin.execute(f"ALTER SYSTEM SET {timeout} = '1s'".encode())
+            try:
+                admin.execute("SELECT pg_reload_conf()")
+                wait(given_up)
+                released.query("SELECT pg_logical_emit_message(false, 'x', repeat('x', 100000))")
+                tight = released.with_settings(max_retained_wal="1")
+                run = begin(tight, PruneLogs())
+                tight.runner().work(run, seconds=5)
+                assert (tight.result(run)["waits"], tight.result(run)["kept"]) == ({}, True)
+            finally:
+                admin.execute(f"ALTER SYSTEM RESET {timeout}".encode())
+                admin.execute("SELECT pg_reload_conf()")
+
+
 def test_a_run_that_is_stopped_rests_no_longer(released: Deployment) -> None:
     """Whoever works on it goes home, though the pressure stays; a run that has ended waits for nothing."""
     tight = released.with_settings(max_retained_wal="1")

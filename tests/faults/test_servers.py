@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from tests.conftest import NOW, Deployment
 from tests.faults.evidence import begin, check_exact, check_kept, complete, rows, wait
 from tests.faults.wire import wire
-from worker import app, config, db, embedded, ledger, liveness
+from worker import app, brokers, config, db, embedded, ledger, liveness
 from worker.errors import Transient, WorkerError
 from worker.layouts import demo_schema
 from worker.operations import Operations
@@ -248,6 +248,28 @@ def test_beats_ride_out_a_redis_that_crashes_and_comes_back(site: Deployment, mo
         wait(at_work, seconds=60)
         assert [beat.poll() for beat in beats] == [0, None, None]
     assert [beat.returncode for beat in beats] == [0, 0, 0]
+
+
+@pytest.mark.long
+def test_a_worker_that_came_up_before_its_broker_leaves_that_of_another_deployment(
+    site: Deployment, mortal: embedded.Embedded
+) -> None:
+    """Nobody was there to ask whose it is when the worker began."""
+    run = begin(site.operations)
+    mortal.redis.kill()
+    try:
+        with site.worker(*WORKER) as worker:
+            time.sleep(8)
+            assert worker.poll() is None
+            mortal.redis.start()
+            with redis.Redis.from_url(site.environment["PAPERCLIP_WORKER_BROKER_URL"]) as client:
+                client.set(brokers.CLAIM, "another")
+                _send(site, run)
+                assert worker.wait(30) == 2
+                assert _bites(site, run) == 0
+                client.flushdb()
+    finally:
+        mortal.redis.start()
 
 
 @pytest.mark.parametrize("workers", [2, 4])

@@ -49,6 +49,16 @@ def _refused(deployment: Deployment, *words: str, says: str) -> str:
     return line
 
 
+def test_a_default_that_ends_long_transactions_ends_no_look_at_everything(released: Deployment) -> None:
+    """The app's are short; ours, a plan or a verdict, would be ended each time, and no run come to its end."""
+    if not released.query("SELECT current_setting('transaction_timeout', true)")[0][0]:
+        pytest.skip("PostgreSQL before 17 has no such setting")
+    _set(released, "transaction_timeout = '1s'")
+    with released.operations.transaction(scan=True) as connection:
+        connection.execute(sa.text("SELECT pg_sleep(1.2)"))
+    _reset(released)
+
+
 # -- how values become text -----------------------------------------------------------------------------
 
 
