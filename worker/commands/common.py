@@ -271,6 +271,10 @@ def print_result(result: dict[str, Any]) -> None:
         click.echo(f"receipt {result['receipt']['seq']}  sha256 {result['receipt']['hash']}")
     if result["anchor"]:
         until = result["anchor"]["locked_until"]
+    if result["stage"]:
+        click.echo(f"stage {result['stage']}")
+    if result["error"]:
+        click.echo(f"error: {on_one_line(result['error'])}")
         click.echo(f"anchor {result['anchor']['key']}" + (f", locked until {until}" if until else ""))
 
 
@@ -281,6 +285,9 @@ def print_look(look: Look) -> None:
         header = ("job", "table", "company", "rows")
         print_rows(header, [[one[name] for name in header] for one in look.doomed])
     for one in look.refused:
+    for kind, seconds in sorted(result["waits"].items()):
+        if seconds:
+            click.echo(f"rested {number(seconds)} s: {kind}")
         click.echo(f"cannot be told of {one['job']}, as runs would be refused: {one['why']}")
 
 
