@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
@@ -157,12 +157,26 @@ def exit_status(state: str) -> Exit:
 @contextmanager
 def entered(run: UUID) -> Iterator[None]:
     """From here on there is a run, which may go on: whatever cuts the command off now is no refusal."""
+    with _done(
+        f"run {run} is entered, and workers take it up; `runs watch {run}` follows it, `runs stop {run}` ends it",
+        f"run {run} is entered, and `runs show {run}` says how it stands",
+    ):
+        yield
+
+
+def told_to_stop(run: UUID) -> AbstractContextManager[None]:
+    """From here on a run was told to stop, and workers end it: whatever cuts the command off now is no refusal."""
+    onward = f"run {run} is told to stop; `runs stop {run}` again sees to its end, as workers do"
+    return _done(onward, onward)
+
+
+@contextmanager
+def _done(left: str, failed: str) -> Iterator[None]:
+    """Something was changed: Ctrl-C says that with `left`, and a fault that would be a refusal with `failed`."""
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"run {run} is entered, and workers take it up; `runs watch {run}` follows it, `runs stop {run}` ends it"
-        ) from None
+        raise Interrupted(left) from None
     except WorkerError as error:
         if error.exit_code is Exit.UNKEPT:
             raise
