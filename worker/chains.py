@@ -38,7 +38,8 @@ class Receipt:
             body = json.loads(self.body)
         except (ValueError, RecursionError):
             body = None
-        if not isinstance(body, dict) or body.get("seq") != self.seq:
+        signed = hashlib.sha256(self.body.encode()).hexdigest() == self.hash
+        if not isinstance(body, dict) or body.get("seq") != self.seq or not signed:
             raise Refused(f"receipt {self.seq} is not what was signed; see `receipts verify`")
         return {**body, "hash": self.hash, "signature": self.signature}
 

@@ -79,7 +79,7 @@ def show(seq: int, as_json: bool) -> None:
         common.print_json(_shown(receipt, anchored))
     else:
         # In a file or a pipe nothing but what was signed.
-        click.echo(receipt.body, nl=common.terminal(sys.stdout))
+        click.echo(receipt.body.encode(), nl=common.terminal(sys.stdout))
 
 
 @receipts.command()
