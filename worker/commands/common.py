@@ -180,7 +180,7 @@ def _done(left: str, failed: str) -> Iterator[None]:
     except WorkerError as error:
         if error.exit_code is Exit.UNKEPT:
             raise
-        raise WorkerError(f"run {run} is entered, and `runs show {run}` says how it stands: {error}") from error
+        raise WorkerError(f"{failed}: {error}") from error
 
 
 @contextmanager
@@ -201,13 +201,13 @@ def _ctrl_c(said: str = "") -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def follow(deployment: Operations, run: UUID) -> bool:
-    """Wait until a run has settled, with a progress bar on a terminal; False when the operator pressed Ctrl-C."""
+def follow(deployment: Operations, run: UUID, *, leave: Callable[[], bool] = lambda: False) -> bool:
+    """Wait until a run has settled, with a progress bar on a terminal; False when `leave` says so, or Ctrl-C."""
     from worker.progress import follow as wait
 
     with _ctrl_c() as asked:
         try:
-            return wait(deployment, run, show=terminal(sys.stderr), leave=asked)
+            return wait(deployment, run, show=terminal(sys.stderr), leave=lambda: asked() or leave())
         except KeyboardInterrupt:
             return False
 
@@ -271,6 +271,10 @@ def report(deployment: Operations, run: UUID, *, as_json: bool) -> Exit:
 def print_result(result: dict[str, Any]) -> None:
     """A run for eyes: its state, tally, what stayed, findings, receipt."""
     click.echo(f"run {result['run']}  {result['job']}  {result['state']}")
+    if result["stage"]:
+        click.echo(f"stage {result['stage']}")
+    if result["error"]:
+        click.echo(f"error: {on_one_line(result['error'])}")
     click.echo(f"rows {number(result['rows'])} of {number(result['planned'] or 0)} planned, {size(result['bytes'])}")
     print_rows(
         ("table", "company", "rows", "bytes"),
@@ -281,14 +285,13 @@ def print_result(result: dict[str, Any]) -> None:
         click.echo(f"unkept: {finding['what']} ({finding['table']}, company {finding['company']}, {finding['rows']})")
     if result["waiting"]:
         click.echo(f"rests: {result['waiting']}")
+    for kind, seconds in sorted(result["waits"].items()):
+        if seconds:
+            click.echo(f"rested {number(seconds)} s: {kind}")
     if result["receipt"]:
         click.echo(f"receipt {result['receipt']['seq']}  sha256 {result['receipt']['hash']}")
     if result["anchor"]:
         until = result["anchor"]["locked_until"]
-    if result["stage"]:
-        click.echo(f"stage {result['stage']}")
-    if result["error"]:
-        click.echo(f"error: {on_one_line(result['error'])}")
         click.echo(f"anchor {result['anchor']['key']}" + (f", locked until {until}" if until else ""))
 
 
@@ -299,9 +302,6 @@ def print_look(look: Look) -> None:
         header = ("job", "table", "company", "rows")
         print_rows(header, [[one[name] for name in header] for one in look.doomed])
     for one in look.refused:
-    for kind, seconds in sorted(result["waits"].items()):
-        if seconds:
-            click.echo(f"rested {number(seconds)} s: {kind}")
         click.echo(f"cannot be told of {one['job']}, as runs would be refused: {one['why']}")
 
 
