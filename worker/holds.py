@@ -180,7 +180,9 @@ def resolve(connection: sa.Connection, layout: Layout, kind: str, name: str) -> 
     """
     subject = layout.subjects[kind]
     key = sa.cast(subject.key, sa.Text)
-    named = sa.or_(_is(subject.key, name), *(sa.func.lower(column) == name.lower() for column in subject.names))
+    # Made small by the database on both sides: which letters it knows depends on its locale.
+    small = sa.func.lower(sa.literal(name, sa.Text))
+    named = sa.or_(_is(subject.key, name), *(sa.func.lower(column) == small for column in subject.names))
     ids = connection.scalars(sa.select(key).where(named).order_by(key).limit(4)).all()
     if not ids:
         also = "".join(f" or {column.name}" for column in subject.names)

@@ -229,3 +229,10 @@ def test_a_batch_that_does_not_fit_on_the_disk_is_taken_smaller(released: Deploy
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["kept"] is True
+
+
+def test_a_company_is_found_by_its_name_whatever_letters_the_database_makes_small(released: Deployment) -> None:
+    """holds.md, policies.md: id or name. A database of the locale C knows the capitals of ASCII alone."""
+    released.query("INSERT INTO companies (id, name, issue_prefix) VALUES (gen_random_uuid(), 'Örebro AB', 'ORE')")
+    for name in ("Örebro AB", "Örebro ab"):
+        released.cli("holds", "add", "--company", name, "--reason", "case 7")
