@@ -236,3 +236,16 @@ def test_a_company_is_found_by_its_name_whatever_letters_the_database_makes_smal
     released.query("INSERT INTO companies (id, name, issue_prefix) VALUES (gen_random_uuid(), 'Örebro AB', 'ORE')")
     for name in ("Örebro AB", "Örebro ab"):
         released.cli("holds", "add", "--company", name, "--reason", "case 7")
+
+
+def test_a_dump_of_the_apps_own_keeps_what_receipts_prove(released: Deployment) -> None:
+    """operations.md: back it up with the app, whose dumps without pg_dump cut times to milliseconds."""
+    result = complete(released)
+    for table, column in released.query(
+        "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'paperclip_worker' "
+        "AND data_type = 'timestamp with time zone' AND table_name <> 'resealed'"
+    ):
+        released.query(f"UPDATE paperclip_worker.{table} SET {column} = date_trunc('milliseconds', {column})")
+    assert released.cli("receipts", "verify", "--anchors").stdout.startswith("1 receipts, chain intact")
+    restored = released.json("run", "restore-logs", "--run", result["run"], "--inline")
+    assert (restored["kept"], restored["rows"]) == (True, result["rows"])
