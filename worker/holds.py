@@ -140,6 +140,8 @@ def add(
 @contextmanager
 def still(deployment: Operations) -> Iterator[sa.Connection]:
     """A transaction in which no bite is in flight and none begins. Raises Busy when those in flight do not end."""
+    # Beforehand: of a table to lock that is not there the server says nothing an operator could use.
+    deployment.require_ledger()
     begun = False
     try:
         with deployment.transaction(first=EXCLUSIVE) as connection:

@@ -249,3 +249,29 @@ def test_a_dump_of_the_apps_own_keeps_what_receipts_prove(released: Deployment) 
     assert released.cli("receipts", "verify", "--anchors").stdout.startswith("1 receipts, chain intact")
     restored = released.json("run", "restore-logs", "--run", result["run"], "--inline")
     assert (restored["kept"], restored["rows"]) == (True, result["rows"])
+
+
+def test_every_command_says_that_there_is_no_ledger(released: Deployment) -> None:
+    """The Trouble table has the sentence; no other says what to do."""
+    released.query("DROP SCHEMA paperclip_worker CASCADE")
+    reason = ("--reason", "r")
+    for words in (
+        ("holds", "add", "--table", "activity_log", *reason),
+        ("holds", "release", "a", *reason, "--yes"),
+        ("holds", "list"),
+        ("policy", "set", "--table", "activity_log", "--keep", "100d", *reason, "--yes"),
+        ("policy", "list"),
+        ("keys", "list"),
+        ("keys", "switch", "last", "--yes"),
+        ("runs", "stop", "last"),
+        ("runs", "resume", "last", "--inline"),
+        ("runs", "watch", "last"),
+        ("receipts", "list"),
+        ("receipts", "show", "1"),
+        ("receipts", "anchor"),
+        ("receipts", "verify", "--anchors"),
+        ("run", "restore-logs", "--run", "last", "--inline"),
+        ("plan", "archive-tasks"),
+        ("rehearse", "archive-tasks"),
+    ):
+        check_refusal(released.cli(*words, ok=False), says="the ledger is not there", status=2)
