@@ -24,7 +24,7 @@ from tests.conftest import ROOT, Deployment
 from tests.faults.evidence import wait
 from tests.rotation import steps
 from tests.rotation.conftest import equipped
-from worker import embedded
+from worker import audit, embedded
 from worker.layouts import LAYOUTS, demo_schema
 
 CLI = (sys.executable, str(ROOT / "cli.py"))
@@ -170,6 +170,9 @@ def test_an_auditor_reads_the_database_and_no_more(released: Deployment, tmp_pat
     released.query(f"CREATE ROLE {name} LOGIN PASSWORD 'pw' IN ROLE pg_read_all_data")
     try:
         env = {"DATABASE_URL": f"postgres://{name}:pw@{url.netloc.rpartition('@')[2]}{url.path}"}
+        # As with the signing key's file, a second key is found behind the first.
+        own = public.read_text()
+        public.write_text(audit.public_pem(audit.keygen(tmp_path / "other.pem").public) + own)
         words = ("receipts", "verify", "--public-key", str(public))
         assert "chain intact" in released.cli(*words, env=env).stdout
         assert "the bucket agrees" in released.cli(*words, "--anchors", env=env).stdout
