@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from worker.errors import ArchiveTampered, StorageFault, WorkerError
 from worker.needles import Needles
 from worker.pgtypes import Tids
 from worker.plans import Amount
+from worker.spool import Spool
 from worker.storage import Missing, Store, read_digest
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 # Levels 1 and 3 pack JSON lines to the same size, and 1 takes two thirds of the time (performance.md).
 _LEVEL = 1
-_SPOOL = 8 << 20
 # Objects are read at the same time: a request waits more than it works.
 _READERS = 4
 INSTANCE = "instance"
@@ -119,7 +118,7 @@ class _Spool:
 
     def __init__(self, company: str | None) -> None:
         self.company = company
-        self.body: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=_SPOOL)  # noqa: SIM115 - closed by write()
+        self.body: IO[bytes] = Spool()
         self._zstd = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
         # Of the rows: how many, their bytes in the table, and as lines.
         self.rows = self.size = self.raw_bytes = 0

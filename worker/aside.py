@@ -6,7 +6,6 @@ only while it lasts. Whoever changes a row makes it another, which is looked at 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
@@ -24,6 +23,7 @@ from worker.ledger import SCHEMA
 from worker.pgtypes import Tid, Xid, of
 from worker.plans import Amount, Tally
 from worker.reseal import Census
+from worker.spool import Spool
 
 if TYPE_CHECKING:
     from worker.ciphertext import Part
@@ -94,7 +94,7 @@ class Aside:
     def _take(self, parts: Iterable[Part], resealer: Resealer, *, again: bool, noting: bool) -> Taken:
         counted, ready, done, taken = Census(), 0, list[str](), list[str]()
         run, name = self._run.hex.encode(), self._carrier.name.encode()
-        with tempfile.SpooledTemporaryFile(max_size=_SPOOL) as spool:
+        with Spool(_SPOOL) as spool:
             for part in parts:
                 states = zip(part.keys, part.places, part.versions, part.rests, strict=True)
                 sealed = resealer.resealed(part.texts, part.digests)

@@ -109,17 +109,19 @@ def public_pem(key: Ed25519PublicKey) -> str:
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
 
 
-def load_public(path: Path) -> Ed25519PublicKey:
-    """A public key in PEM. Refused when the file is not one."""
+def load_public(path: Path) -> list[Ed25519PublicKey]:
+    """The public keys in a PEM file. Refused when it holds none, or another kind of key."""
     try:
-        key = serialization.load_pem_public_key(path.read_bytes())
+        pem = path.read_bytes()
+        keys = [serialization.load_pem_public_key(one) for one in _PUBLIC.findall(pem) or [pem]]
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise Refused(f"{path} is not a public key in PEM") from error
-    if not isinstance(key, Ed25519PublicKey):
+    found = [one for one in keys if isinstance(one, Ed25519PublicKey)]
+    if len(found) < len(keys):
         raise Refused(f"{path} holds a key that is not Ed25519")
-    return key
+    return found
 
 
 def append(connection: sa.Connection, signer: Signer, run: UUID, facts: Mapping[str, Any]) -> Receipt:

@@ -52,13 +52,14 @@ class Bites:
         """The run waits for its operator, who was asked for this."""
         self.running, self._asked = None, what
 
-    def fail(self, *, contended: bool) -> None:
-        """The last bite was rolled back; `contended`: for what others hold."""
+    def fail(self, *, contended: bool, large: bool = False) -> None:
+        """The last bite was rolled back; `contended`: for what others hold, `large`: the disk did not take it."""
         self.running = None
+        if contended or large:
+            self._throttle.shrink()
         if contended:
             # First leave out what others hold; the second sweep comes back for it.
             self._contended = True
-            self._throttle.shrink()
 
     def go_on(self, run: Run, call_help: Callable[[int], None]) -> bool:
         """Rest a moment or take a bite of a run; False when no shard of it is free."""

@@ -113,13 +113,14 @@ def transaction(
             connection.execute(_BOUNDS, {**bounds, "lasting": lasting})
             yield connection
             done = not read_only
-    except DatabaseGone as gone:
-        if done:
-            raise Unheard(
-                "the database ended the connection in the midst of a commit: what was asked for may be done; look "
-                "before you ask again"
-            ) from gone
-        raise
+    except (DatabaseGone, KeyboardInterrupt) as cut:
+        if not done:
+            raise
+        # Ctrl-C as well: a commit that waits for a standby is done, and no longer waits.
+        by = "the database ended the connection" if isinstance(cut, DatabaseGone) else "cut off"
+        raise Unheard(
+            f"{by} in the midst of a commit: what was asked for may be done; look before you ask again"
+        ) from cut
 
 
 def _begin(connection: sa.Connection, first: str | None, *, read_only: bool) -> None:

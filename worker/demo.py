@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.prune_logs import PruneLogs
-from worker import app, archive, audit, books, brokers, config, ledger, ledger_shards
+from worker import app, archive, audit, books, brokers, config, embedded, ledger, ledger_shards
 from worker.errors import WorkerError
 from worker.layouts import demo_schema
 from worker.operations import Operations
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
 COMPANIES = 3
 DAYS = 200
 _KEY = "signing.pem"
+# What settings of the machine, and of the libraries we use, begin with.
+_CONFIGURED = ("PAPERCLIP_", "DATABASE_URL", "AWS_", "CELERY_", "PG", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+# Beside this package wherever it is installed; `-m cli` would take whatever the working directory calls so.
+_CLI = Path(__file__).resolve().parents[1] / "cli.py"
+
+
+def forget_settings(environment: MutableMapping[str, str]) -> None:
+    """Take out what would lead the demo, or a library in it, to another server than its own."""
+    for name in list(environment):
+        if name.upper().startswith(_CONFIGURED) and name != embedded.PG_BIN:
+            del environment[name]
 
 
 class Demo:
@@ -51,23 +63,26 @@ class Demo:
         return self.operations.plan(self.job)
 
     @contextmanager
-    def worker(self, base: Mapping[str, str]) -> Iterator[None]:
-        """A real worker process for as long as the block lasts. Raises WorkerError when it ended by itself."""
+    def worker(self, base: Mapping[str, str]) -> Iterator[Callable[[], bool]]:
+        """A real worker process for as long as the block lasts; whether it has ended. Raises WorkerError if so."""
         with self._log.open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "cli", "worker"],
+            process = subprocess.Popen(  # noqa: S603 - our own program
+                [sys.executable, str(_CLI), "worker"],
                 env={**base, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
         try:
-            yield
+            yield lambda: process.poll() is not None
             if process.poll() is not None:
-                raise WorkerError(f"the worker process ended by itself; its log is {self._log}")
+                raise WorkerError(f"the worker process ended by itself: {self._last_words()}")
         finally:
             process.terminate()
             process.wait(60)
+
+    def _last_words(self) -> str:
+        return (self._log.read_text(errors="replace").splitlines() or ["it said nothing"])[-1]
 
     def run(self, follow: Callable[[Operations, UUID], Any]) -> dict[str, Any]:
         """Start the job as an operator would, follow it, and say what it did."""

@@ -83,6 +83,10 @@ class StorageFault(Transient):
     """The object store refused, did not answer, or answered with other bytes than were written."""
 
 
+class NoRoom(Transient):
+    """The disk does not take a temporary file; a smaller one it may."""
+
+
 class ArchiveTampered(Refused):
     """An archive object is missing or does not hold the bytes that were written."""
 

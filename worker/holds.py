@@ -145,6 +145,8 @@ def add(
 @contextmanager
 def still(deployment: Operations) -> Iterator[sa.Connection]:
     """A transaction in which no bite is in flight and none begins. Raises Busy when those in flight do not end."""
+    # Beforehand: of a table to lock that is not there the server says nothing an operator could use.
+    deployment.require_ledger()
     begun = False
     try:
         with deployment.transaction(first=EXCLUSIVE) as connection:
@@ -185,7 +187,9 @@ def resolve(connection: sa.Connection, layout: Layout, kind: str, name: str) -> 
     """
     subject = layout.subjects[kind]
     key = sa.cast(subject.key, sa.Text)
-    named = sa.or_(_is(subject.key, name), *(sa.func.lower(column) == name.lower() for column in subject.names))
+    # Made small by the database on both sides: which letters it knows depends on its locale.
+    small = sa.func.lower(sa.literal(name, sa.Text))
+    named = sa.or_(_is(subject.key, name), *(sa.func.lower(column) == small for column in subject.names))
     ids = connection.scalars(sa.select(key).where(named).order_by(key).limit(4)).all()
     if not ids:
         also = "".join(f" or {column.name}" for column in subject.names)

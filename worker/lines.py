@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ from psycopg import sql
 
 from worker import db
 from worker.errors import ArchiveTampered, Refused
+from worker.spool import Spool
 from worker.storage import Missing
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 JSON_NULLS = "$json_null"
 # So much text of an object is held and sent to the server at once, but for a row that is larger.
 MOST_BYTES = 8 << 20
-_SPOOL = 8 << 20
 # So many objects are fetched at the same time: a request waits more than it works.
 _AHEAD = 4
 # A jsonb beyond this size is not null, and need not be unpacked to tell.
@@ -152,7 +151,7 @@ class Reader:
     def __init__(self, store: Store, key: str, sha256: str) -> None:
         self.of = (key, sha256)
         self._key, self._line, self._held = key, 0, list[str]()
-        body = tempfile.SpooledTemporaryFile(max_size=_SPOOL)  # noqa: SIM115 - closed with its stream
+        body = Spool()
         try:
             _fetch(store, key, sha256, body)
         except BaseException:

@@ -53,6 +53,7 @@ class LedgerCollector(Collector):
         with self._operations.transaction(read_only=True) as connection:
             ledger.require(connection)
             yield from [
+                _up(read=True),
                 _runs(connection),
                 _run_seconds(connection),
                 *_work(connection),
@@ -82,10 +83,14 @@ class _Answering(Collector):
             families = list(self._collector.collect())
         except Exception as error:  # noqa: BLE001 - the server would answer 500 and print a text that may quote a row
             log.warning("scrape without the ledger", error=type(error).__name__)
-            families = []
-        up = GaugeMetricFamily(_PREFIX + "ledger_up", "Whether the ledger could be read for this scrape")
-        up.add_metric([], bool(families))
-        yield from [up, *families]
+            families = [_up(read=False)]
+        yield from families
+
+
+def _up(*, read: bool) -> Metric:
+    return GaugeMetricFamily(
+        _PREFIX + "ledger_up", "Whether the ledger could be read for this scrape", value=float(read)
+    )
 
 
 def _runs(connection: sa.Connection) -> Metric:

@@ -143,8 +143,8 @@ class Operations:
                 )
         except Unheard as fault:
             raise Unheard(
-                f"the database ended the connection while run {run} was entered, which may be done; "
-                f"`runs show {run}` says so once it answers, and `runs stop` ends the run"
+                f"cut off in the midst of the commit by which run {run} is entered, which may be done; "
+                f"`runs show {run}` says so once the database answers, and `runs stop` ends the run"
             ) from fault
         return run
 
@@ -183,7 +183,12 @@ class Operations:
 
     def stop(self, name: str) -> Run:
         """Ask a run to stop after the bites in flight; where none is, it is settled here and now."""
-        runner = self.runner()
+        return self.end_stopped(self.tell_to_stop(name))
+
+    def tell_to_stop(self, name: str) -> UUID:
+        """Have a run stop after the bites in flight, which workers see to."""
+        # A key that cannot sign must be found before.
+        self.runner()
         with self.transaction() as connection:
             ledger.require(connection)
             run = ledger.find(connection, name)
@@ -194,8 +199,12 @@ class Operations:
                 if held.state not in {State.QUEUED, State.RUNNING, State.VERIFYING}:
                     raise Refused(f"run {run.id} is {held.state}; only a run under way can be stopped")
                 ledger.step(connection, held, State.STOPPING)
-        runner.work(run.id, seconds=0)
-        return self.find(str(run.id))
+        return run.id
+
+    def end_stopped(self, run: UUID) -> Run:
+        """Settle a run that was told to stop, where no bite of it is in flight; how it is then."""
+        self.runner().work(run, seconds=0)
+        return self.find(str(run))
 
     def resume(self, name: str) -> Run:
         """Make a stopped or failed run ready to go on at its cursors, its horizon unchanged.
@@ -223,7 +232,8 @@ class Operations:
             # Again: to read the archive takes long, and a run that is laid out already is never checked later.
             self._means(connection, run.now, run=run.id).require_fit(job)
             ledger.reopen(connection, held)
-        return self.find(str(run.id))
+            # Within: a database that goes afterwards must not make a refusal of it.
+            return ledger.find(connection, str(run.id))
 
     def result(self, run: UUID) -> dict[str, Any]:
         """What `run --json` prints: the run, its tally, what is left, findings and the newest receipt."""

@@ -25,7 +25,7 @@ from worker import (
     settle,
 )
 from worker.bites import Bites
-from worker.errors import Contended, DatabaseGone, Refused, Transient, Waits, WorkerError
+from worker.errors import Contended, DatabaseGone, NoRoom, Refused, Transient, Waits, WorkerError
 from worker.logs import log
 from worker.means import Means
 from worker.states import ACTIVE, SETTLED, State
@@ -202,7 +202,7 @@ class Runner:
 
     def _after_fault(self, run: UUID, fault: Transient, faults: int) -> None:
         log.warning("bite rolled back", run=str(run), fault=type(fault).__name__, faults=faults)
-        self._bites.fail(contended=isinstance(fault, Contended))
+        self._bites.fail(contended=isinstance(fault, Contended), large=isinstance(fault, NoRoom))
         if faults >= MOST_FAULTS:
             self._faults = 0
             if not isinstance(fault, DatabaseGone):

@@ -219,6 +219,37 @@ def test_a_commit_whose_answer_is_lost_is_no_refusal(released: Deployment) -> No
         check_refusal(done, says=says, status=1)
 
 
+@contextmanager
+def _standby_that_is_gone(deployment: Deployment) -> Iterator[None]:
+    """Every commit waits for a synchronous standby, and there is none."""
+    name = urlsplit(deployment.environment["DATABASE_URL"]).path.removeprefix("/")
+    with psycopg.connect(deployment.environment["DATABASE_URL"], autocommit=True) as admin:
+        admin.execute("SET synchronous_commit = local")
+        admin.execute(f"ALTER DATABASE {name} SET synchronous_commit = on".encode())
+        admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'gone'")
+        admin.execute("SELECT pg_reload_conf()")
+        try:
+            yield
+        finally:
+            admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            admin.execute("SELECT pg_reload_conf()")
+
+
+def test_ctrl_c_in_the_midst_of_a_commit_does_not_say_that_nothing_was_done(released: Deployment) -> None:
+    """The policy is in force, whatever commits wait for; one that keeps shorter would delete rows tonight."""
+    words = ("policy", "set", "--table", "activity_log", "--keep", "400d", "--reason", "r")
+    with _standby_that_is_gone(released), _started(released, *words) as process:
+        waits = (
+            "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND datname = current_database()"
+        )
+        wait(lambda: released.query(waits)[0][0])
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert released.query("SELECT keep_seconds FROM paperclip_worker.policies") == [(400 * 86400,)]
+    done = subprocess.CompletedProcess([], process.returncode, out, err.lstrip("\n"))
+    check_refusal(done, says="cut off in the midst of a commit: what was asked for may be done", status=1)
+
+
 def test_a_reader_that_goes_ends_a_command_as_other_tools_end(released: Deployment) -> None:
     for words in (("runs", "list"), ("--help",), ("db", "check", "--json"), ("runs", "show", "none")):
         reader, writer = os.pipe()

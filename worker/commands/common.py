@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
@@ -157,16 +157,30 @@ def exit_status(state: str) -> Exit:
 @contextmanager
 def entered(run: UUID) -> Iterator[None]:
     """From here on there is a run, which may go on: whatever cuts the command off now is no refusal."""
+    with _done(
+        f"run {run} is entered, and workers take it up; `runs watch {run}` follows it, `runs stop {run}` ends it",
+        f"run {run} is entered, and `runs show {run}` says how it stands",
+    ):
+        yield
+
+
+def told_to_stop(run: UUID) -> AbstractContextManager[None]:
+    """From here on a run was told to stop, and workers end it: whatever cuts the command off now is no refusal."""
+    onward = f"run {run} is told to stop; `runs stop {run}` again sees to its end, as workers do"
+    return _done(onward, onward)
+
+
+@contextmanager
+def _done(left: str, failed: str) -> Iterator[None]:
+    """Something was changed: Ctrl-C says that with `left`, and a fault that would be a refusal with `failed`."""
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"run {run} is entered, and workers take it up; `runs watch {run}` follows it, `runs stop {run}` ends it"
-        ) from None
+        raise Interrupted(left) from None
     except WorkerError as error:
         if error.exit_code is Exit.UNKEPT:
             raise
-        raise WorkerError(f"run {run} is entered, and `runs show {run}` says how it stands: {error}") from error
+        raise WorkerError(f"{failed}: {error}") from error
 
 
 @contextmanager
@@ -187,13 +201,13 @@ def _ctrl_c(said: str = "") -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def follow(deployment: Operations, run: UUID) -> bool:
-    """Wait until a run has settled, with a progress bar on a terminal; False when the operator pressed Ctrl-C."""
+def follow(deployment: Operations, run: UUID, *, leave: Callable[[], bool] = lambda: False) -> bool:
+    """Wait until a run has settled, with a progress bar on a terminal; False when `leave` says so, or Ctrl-C."""
     from worker.progress import follow as wait
 
     with _ctrl_c() as asked:
         try:
-            return wait(deployment, run, show=terminal(sys.stderr), leave=asked)
+            return wait(deployment, run, show=terminal(sys.stderr), leave=lambda: asked() or leave())
         except KeyboardInterrupt:
             return False
 
@@ -257,6 +271,10 @@ def report(deployment: Operations, run: UUID, *, as_json: bool) -> Exit:
 def print_result(result: dict[str, Any]) -> None:
     """A run for eyes: its state, tally, what stayed, findings, receipt."""
     click.echo(f"run {result['run']}  {result['job']}  {result['state']}")
+    if result["stage"]:
+        click.echo(f"stage {result['stage']}")
+    if result["error"]:
+        click.echo(f"error: {on_one_line(result['error'])}")
     click.echo(f"rows {number(result['rows'])} of {number(result['planned'] or 0)} planned, {size(result['bytes'])}")
     print_rows(
         ("table", "company", "rows", "bytes"),
@@ -267,6 +285,9 @@ def print_result(result: dict[str, Any]) -> None:
         click.echo(f"unkept: {finding['what']} ({finding['table']}, company {finding['company']}, {finding['rows']})")
     if result["waiting"]:
         click.echo(f"rests: {result['waiting']}")
+    for kind, seconds in sorted(result["waits"].items()):
+        if seconds:
+            click.echo(f"rested {number(seconds)} s: {kind}")
     if result["receipt"]:
         click.echo(f"receipt {result['receipt']['seq']}  sha256 {result['receipt']['hash']}")
     if result["anchor"]:

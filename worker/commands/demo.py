@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +46,15 @@ def demo(layout: str, rows: int, keep: bool, stop: Path | None, as_json: bool) -
         embedded.stop_kept(stop)
         shutil.rmtree(stop)
         return Exit.KEPT
+    from worker import demo as demonstration
+
+    demonstration.forget_settings(os.environ)
     # Whoever stops the demo wants its servers and their directory gone with it; 128 + the signal, as shells have it.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     common.talk("starting PostgreSQL, Redis and S3")
     servers = embedded.start(outlive=keep, keep=keep)
     try:
-        from worker.demo import Demo
-
-        shown = Demo(servers, layout)
+        shown = demonstration.Demo(servers, layout)
         # boto3 finds credentials by its own chain, and the demo's servers have their own.
         os.environ.update({name: value for name, value in shown.environment.items() if name.startswith("AWS_")})
         status = _show(shown, rows, as_json=as_json)
@@ -75,8 +77,8 @@ def _show(shown: Demo, rows: int, *, as_json: bool) -> int:
 
         jobs.print_plan(plan)
         click.echo()
-    with shown.worker(os.environ):
-        result = shown.run(common.follow)
+    with shown.worker(os.environ) as ended:
+        result = shown.run(partial(common.follow, leave=ended))
     objects = shown.objects(result["run"])
     receipts, flaws = shown.verify()
     kept = result["kept"] and not flaws and result["rows"] == plan.tally.total.rows

@@ -68,7 +68,8 @@ def add(reason: str, until: datetime | None, actor: str | None, as_json: bool, *
     deployment = common.operations()
     hold = rules.add_hold(deployment, kind=kind, name=name, reason=reason, actor=actor or common.login(), until=until)
     if as_json:
-        common.print_json(hold.to_json(now=deployment.now()))
+        # Not the database's clock: one that goes now must not make a refusal of it.
+        common.print_json(hold.to_json(now=hold.created_at))
     else:
         click.echo(str(hold.id))
         common.talk(f"{hold.kind} {hold.target} is held")

@@ -212,7 +212,7 @@ plan = _Jobs(_plan_command, name="plan", help="Show what a run started now would
 rehearse = _Jobs(
     _rehearse_command,
     name="rehearse",
-    help="Run every batch for real and roll each back: proof that a run would work.",
+    help="Run every batch for real in the database and roll each back. Nothing is written to the bucket.",
 )
 run = _Jobs(
     _run_command,

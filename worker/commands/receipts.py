@@ -79,7 +79,7 @@ def show(seq: int, as_json: bool) -> None:
         common.print_json(_shown(receipt, anchored))
     else:
         # In a file or a pipe nothing but what was signed.
-        click.echo(receipt.body, nl=common.terminal(sys.stdout))
+        click.echo(receipt.body.encode(), nl=common.terminal(sys.stdout))
 
 
 @receipts.command()
@@ -113,7 +113,7 @@ def anchor(every: bool, as_json: bool) -> None:
     "--public-key",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     multiple=True,
-    help="A public key (PEM) to trust instead of those in the configured signing key's file; repeatable.",
+    help="A public key (PEM), or several, to trust instead of those in the signing key's file; repeatable.",
 )
 @click.option("--from-s3", is_flag=True, help="Verify what is in the bucket. Needs no database.")
 @click.option(
@@ -149,7 +149,7 @@ def _trusted(public_key: tuple[Path, ...], settings: Settings) -> Sequence[Ed255
     from worker import audit
 
     if public_key or settings.signing_key_file is None:
-        return [audit.load_public(path) for path in public_key]
+        return [key for path in public_key for key in audit.load_public(path)]
     return audit.Signer.load(settings.signing_key_file).trusted
 
 

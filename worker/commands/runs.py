@@ -81,7 +81,10 @@ def stop(run: str, as_json: bool) -> None:
     """Stop a run after the bites in flight. What is done stays done; `resume` goes on from there."""
     from worker.config import Need
 
-    found = common.operations(Need.SIGNING).stop(run)
+    deployment = common.operations(Need.SIGNING)
+    told = deployment.tell_to_stop(run)
+    with common.told_to_stop(told):
+        found = deployment.end_stopped(told)
     if as_json:
         common.print_json({"run": str(found.id), "state": found.state.value})
     else:
