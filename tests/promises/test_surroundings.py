@@ -25,6 +25,14 @@ from worker.params import RunId
 LOGS = ("--table", "plugin_logs", "--older-than", "20d")
 
 
+@pytest.fixture
+def guide(
+    make_deployment: Callable[..., Deployment], fresh_database: Callable[..., str], template: Callable[[str], str]
+) -> Deployment:
+    """A seeded deployment on the guide's layout."""
+    return make_deployment(fresh_database(template("guide")), "guide")
+
+
 def _database(deployment: Deployment) -> str:
     return deployment.environment["DATABASE_URL"].rpartition("/")[2]
 
@@ -316,6 +324,34 @@ def test_an_age_before_all_calendars(released: Deployment, table: str, age: str)
 def test_an_age_without_a_timezone_is_refused(released: Deployment) -> None:
     released.query("ALTER TABLE plugin_logs ALTER created_at TYPE timestamp")
     _refused(released, says="plugin_logs.created_at is timestamp without time zone")
+
+
+_TYPES = (
+    (("prune-logs",), "activity_log", "timestamp", "timestamp without time zone"),
+    (("archive-tasks",), "tasks", "updated_at", "timestamp without time zone"),
+    (("archive-tasks",), "tasks", "id", "text"),
+)
+
+
+@pytest.mark.parametrize(("words", "table", "column", "kind"), _TYPES)
+def test_the_guides_columns_of_another_type_are_named(
+    guide: Deployment, words: tuple[str, ...], table: str, column: str, kind: str
+) -> None:
+    guide.query(f'ALTER TABLE {table} ALTER "{column}" DROP DEFAULT, ALTER "{column}" TYPE {kind}')
+    before = (world(guide), keys(guide))
+    for one in (("plan", *words), ("run", *words, "--inline", "--yes")):
+        refused(guide, *one, says=f"{table}.{column} is {kind}, not ")
+    assert (world(guide), keys(guide)) == before
+
+
+@pytest.mark.parametrize("kind", ["text", "bigint"])
+def test_an_archive_that_could_not_be_put_back_is_not_made(guide: Deployment, kind: str) -> None:
+    """A row is found again by its key, which may be another in a deployment."""
+    guide.query("ALTER TABLE activity_log ALTER id DROP DEFAULT")
+    guide.query(f"ALTER TABLE activity_log ALTER id TYPE {kind} USING abs(hashtextextended(id::text, 0))::{kind}")
+    before = (world(guide), keys(guide))
+    refused(guide, *INLINE, says=f"activity_log.id is {kind}, not uuid")
+    assert (world(guide), keys(guide)) == before
 
 
 # -- what the host forbids ------------------------------------------------------------------------------
