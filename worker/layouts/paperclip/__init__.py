@@ -112,14 +112,18 @@ def _ids_of_anything(name: str) -> list[str]:
 def _of_runs(of: sa.Table) -> Callable[[Sequence[str]], sa.ColumnElement[bool]] | None:
     """Which rows are of, or about, a run of one of some tasks; None where none can be."""
     run = next((of.c[name] for name in ("run_id", "heartbeat_run_id") if name in of.c), None)
-    if run is None:
+    if run is None and "details" not in of.c:
         return None
 
     def found(ids: Sequence[str]) -> sa.ColumnElement[bool]:
         runs = runs_of_tasks(ids)
+        texts = sa.select(sa.cast(runs.selected_columns.id, sa.Text))
+        if run is None:
+            # That a tool was let in, or a token given out, the app writes down with the run in the details alone.
+            said: sa.ColumnElement[str] = sa.type_coerce(of.c.details, JSONB)["runId"].astext
+            return said.in_(texts)
         terms = [sa.and_(run.is_not(None), run.in_(runs))]
         if "entity_id" in of.c:
-            texts = sa.select(sa.cast(runs.selected_columns.id, sa.Text))
             terms.append(sa.and_(of.c.entity_type == "heartbeat_run", of.c.entity_id.in_(texts)))
         return sa.or_(*terms)
 
