@@ -127,12 +127,13 @@ def require_prunable(connection: sa.Connection, log: LogTable, *, archive: bool)
 
 
 def require_kinds(connection: sa.Connection, records: Records, *, key: bool) -> None:
-    """SchemaError where a table's age has no timezone, or, if its `key` counts, where that has another type."""
+    """SchemaError where a table's age has no timezone, or, if its `key` counts, that or the company another type."""
     kinds = {one.name: one.kind for one in columns(connection, records.name)}
     ages = (one.name for one in visitors.iterate(records.age) if isinstance(one, sa.Column))
     wanted = dict.fromkeys(ages, "timestamp with time zone")
-    if key:
-        wanted[records.key.name] = records.key.type.compile(dialect=connection.dialect).lower()
+    for one in (records.key, records.company) if key else ():
+        if one is not None:
+            wanted[one.name] = one.type.compile(dialect=connection.dialect).lower()
     for name, kind in wanted.items():
         if kinds.get(name) != kind:
             raise SchemaError(

@@ -206,7 +206,7 @@ class Means:
         livetable.require_whole(self.connection, what.name)
 
     def require_kinds(self, what: Records) -> None:
-        """SchemaError where a table's age or key has a type by which nothing could be told or noted."""
+        """SchemaError where a table's age, key or company has a type by which nothing could be told or noted."""
         livetable.require_kinds(self.connection, what, key=True)
 
     def require_as_seen(self, job: Job) -> None:
