@@ -357,6 +357,20 @@ def test_an_archive_that_could_not_be_put_back_is_not_made(guide: Deployment, ki
     assert (world(guide), keys(guide)) == before
 
 
+def test_a_user_whose_id_is_a_uuid_can_be_held(guide: Deployment) -> None:
+    for table, column in (("tasks", "created_by_user_id"), ("activity_log", "actor_id")):
+        guide.query(f"UPDATE {table} SET {column} = md5({column})::uuid")
+    guide.query('ALTER TABLE "authSessions" DROP CONSTRAINT "authSessions_userId_fkey"')
+    guide.query('ALTER TABLE "authUsers" ALTER id TYPE uuid USING md5(id)::uuid')
+    (user,) = guide.query("SELECT actor_id FROM activity_log WHERE actor_type = 'user' ORDER BY timestamp LIMIT 1")[0]
+    assert guide.cli("holds", "add", "--user", user, "--reason", "case 7")
+    count = "SELECT count(*) FROM activity_log WHERE actor_id = %s AND timestamp < now() - interval '91 days'"
+    before = guide.query(count, user)
+    assert before > [(0,)]
+    assert complete(guide, PruneLogs())["kept"]
+    assert guide.query(count, user) == before
+
+
 # -- what the host forbids ------------------------------------------------------------------------------
 
 
