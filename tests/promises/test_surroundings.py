@@ -371,6 +371,15 @@ def test_a_user_whose_id_is_a_uuid_can_be_held(guide: Deployment) -> None:
     assert guide.query(count, user) == before
 
 
+def test_rows_that_say_no_action_are_no_security_events(guide: Deployment) -> None:
+    guide.query("ALTER TABLE activity_log ALTER action DROP NOT NULL")
+    guide.query("UPDATE activity_log SET action = NULL WHERE abs(hashtext(id::text)) % 3 = 0")
+    result = complete(guide, PruneLogs(keep_security=True))
+    assert result["kept"], result["findings"]
+    none = "SELECT count(*) FROM activity_log WHERE action IS NULL AND timestamp < now() - interval '91 days'"
+    assert guide.query(none) == [(0,)]
+
+
 # -- what the host forbids ------------------------------------------------------------------------------
 
 
