@@ -84,6 +84,7 @@ class ArchiveTasks(Job):
             means.tasks.require_undoable(self.undo, self.company, job=self.name)
             return
         means.require_whole(means.layout.tasks)
+        means.require_kinds(means.layout.tasks)
         self._cutoffs(means)
         if means.run is not None:
             means.tasks.require_not_undone(means.run)

@@ -176,7 +176,8 @@ def release(connection: sa.Connection, hold: UUID, *, actor: str, reason: str) -
 
 def _is(key: sa.Column[Any], name: str) -> sa.ColumnElement[bool]:
     if not isinstance(key.type, sa.Uuid):
-        return key == name
+        # A deployment's may be of another type than text, which is not compared with one.
+        return sa.cast(key, sa.Text) == name
     return sa.false() if (found := as_uuid(name)) is None else key == found
 
 

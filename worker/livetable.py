@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
+from sqlalchemy.sql import visitors
 
 from worker import db
 from worker.errors import Contended, Refused, SchemaError
@@ -115,12 +116,8 @@ def require_prunable(connection: sa.Connection, log: LogTable, *, archive: bool)
 
     `archive`: or when an archive of them would not give back what they are.
     """
-    age = str(getattr(log.age, "name", ""))
-    kind = {one.name: one.kind for one in columns(connection, log.name)}.get(age)
-    if kind != "timestamp with time zone":
-        raise SchemaError(
-            f"{log.name}.{age} is {kind}, not timestamp with time zone; see `paperclip-worker db check`"
-        )
+    # An archive of rows whose key is another could be written, and never be put back.
+    require_kinds(connection, log, key=archive)
     require_whole(connection, log.name)
     require_known_references(connection, log)
     if archive:
@@ -128,6 +125,21 @@ def require_prunable(connection: sa.Connection, log: LogTable, *, archive: bool)
             raise Refused(f"{log.name}: an archive would not give back the values of {', '.join(lossy)} as they are")
         if connection.scalar(sa.select(sa.func.current_setting("server_encoding"))) == "SQL_ASCII":
             raise Refused("the database has no encoding (SQL_ASCII): an archive of its text could not be read")
+
+
+def require_kinds(connection: sa.Connection, records: Records, *, key: bool) -> None:
+    """SchemaError where a table's age has no timezone, or, if its `key` counts, that or the company another type."""
+    kinds = {one.name: one.kind for one in columns(connection, records.name)}
+    ages = (one.name for one in visitors.iterate(records.age) if isinstance(one, sa.Column))
+    wanted = dict.fromkeys(ages, "timestamp with time zone")
+    for one in (records.key, records.company) if key else ():
+        if one is not None:
+            wanted[one.name] = one.type.compile(dialect=connection.dialect).lower()
+    for name, kind in wanted.items():
+        if kinds.get(name) != kind:
+            raise SchemaError(
+                f"{records.name}.{name} is {kinds.get(name)}, not {kind}; see `paperclip-worker db check`"
+            )
 
 
 def require_known_references(connection: sa.Connection, log: LogTable) -> None:

@@ -219,6 +219,10 @@ class Means:
         """Refused when a table's rows lie in others."""
         livetable.require_whole(self.connection, what.name)
 
+    def require_kinds(self, what: Records) -> None:
+        """SchemaError where a table's age, key or company has a type by which nothing could be told or noted."""
+        livetable.require_kinds(self.connection, what, key=True)
+
     def require_as_seen(self, job: Job) -> None:
         """Raise Contended when a table that the job has read in this step only seemed to have no rows."""
         # What legal holds read is in the landmarks.

@@ -246,6 +246,22 @@ def test_rows_that_name_a_held_task_or_its_run_stay(
     assert left == [(made,)]
 
 
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_record_that_names_a_held_tasks_run_in_its_details_stays(released: Deployment, archive: bool) -> None:
+    """So the app writes down that a token was given to a run: without its task, and in no column of its own."""
+    board = Board(deployment=released)
+    held = _ended_task(board, execution_run_id=board.run)
+    rows = [
+        _old_row(board, "tool_access_audit_events", {"details": json.dumps({"path": "exchange", "runId": str(run)})})
+        for run in (board.run, _another_run(board))
+    ]
+    _hold(released, "task", str(held))
+    job = PruneLogs(table="tool_access_audit_events", company=(board.company,), archive=archive)
+    assert _run(released, job)["kept"]
+    left = board.sql("SELECT id::text FROM tool_access_audit_events WHERE id::text = ANY(%(ids)s)", ids=rows)
+    assert left == [(rows[0],)]
+
+
 def _another_run(board: Board) -> UUID:
     ((found,),) = board.sql(
         "INSERT INTO heartbeat_runs (company_id, agent_id, status) VALUES (%(company)s, %(agent)s, 'succeeded') "

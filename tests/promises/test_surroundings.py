@@ -25,6 +25,14 @@ from worker.params import RunId
 LOGS = ("--table", "plugin_logs", "--older-than", "20d")
 
 
+@pytest.fixture
+def guide(
+    make_deployment: Callable[..., Deployment], fresh_database: Callable[..., str], template: Callable[[str], str]
+) -> Deployment:
+    """A seeded deployment on the guide's layout."""
+    return make_deployment(fresh_database(template("guide")), "guide")
+
+
 def _database(deployment: Deployment) -> str:
     return deployment.environment["DATABASE_URL"].rpartition("/")[2]
 
@@ -326,6 +334,60 @@ def test_an_age_before_all_calendars(released: Deployment, table: str, age: str)
 def test_an_age_without_a_timezone_is_refused(released: Deployment) -> None:
     released.query("ALTER TABLE plugin_logs ALTER created_at TYPE timestamp")
     _refused(released, says="plugin_logs.created_at is timestamp without time zone")
+
+
+_TYPES = (
+    (("prune-logs",), "activity_log", "timestamp", "timestamp without time zone"),
+    (("archive-tasks",), "tasks", "updated_at", "timestamp without time zone"),
+    (("archive-tasks",), "tasks", "id", "text"),
+    (("archive-tasks",), "tasks", "company_id", "text"),
+    (("prune-logs",), "activity_log", "company_id", "text"),
+)
+
+
+@pytest.mark.parametrize(("words", "table", "column", "kind"), _TYPES)
+def test_the_guides_columns_of_another_type_are_named(
+    guide: Deployment, words: tuple[str, ...], table: str, column: str, kind: str
+) -> None:
+    guide.query(f"ALTER TABLE {table} DROP CONSTRAINT {table}_company_id_fkey")
+    guide.query(f'ALTER TABLE {table} ALTER "{column}" DROP DEFAULT, ALTER "{column}" TYPE {kind}')
+    before = (world(guide), keys(guide))
+    for one in (("plan", *words), ("run", *words, "--inline", "--yes")):
+        refused(guide, *one, says=f"{table}.{column} is {kind}, not ")
+    assert (world(guide), keys(guide)) == before
+
+
+@pytest.mark.parametrize("kind", ["text", "bigint"])
+def test_an_archive_that_could_not_be_put_back_is_not_made(guide: Deployment, kind: str) -> None:
+    """A row is found again by its key, which may be another in a deployment."""
+    guide.query("ALTER TABLE activity_log ALTER id DROP DEFAULT")
+    guide.query(f"ALTER TABLE activity_log ALTER id TYPE {kind} USING abs(hashtextextended(id::text, 0))::{kind}")
+    before = (world(guide), keys(guide))
+    refused(guide, *INLINE, says=f"activity_log.id is {kind}, not uuid")
+    assert (world(guide), keys(guide)) == before
+
+
+def test_a_user_whose_id_is_a_uuid_can_be_held(guide: Deployment) -> None:
+    for table, column in (("tasks", "created_by_user_id"), ("activity_log", "actor_id")):
+        guide.query(f"UPDATE {table} SET {column} = md5({column})::uuid")
+    guide.query('ALTER TABLE "authSessions" DROP CONSTRAINT "authSessions_userId_fkey"')
+    guide.query('ALTER TABLE "authUsers" ALTER id TYPE uuid USING md5(id)::uuid')
+    (user,) = guide.query("SELECT actor_id FROM activity_log WHERE actor_type = 'user' ORDER BY timestamp LIMIT 1")[0]
+    assert guide.cli("holds", "add", "--user", user, "--reason", "case 7")
+    count = "SELECT count(*) FROM activity_log WHERE actor_id = %s AND timestamp < now() - interval '91 days'"
+    before = guide.query(count, user)
+    assert before > [(0,)]
+    assert complete(guide, PruneLogs())["kept"]
+    assert guide.query(count, user) == before
+
+
+def test_rows_that_say_no_action_are_no_security_events(guide: Deployment) -> None:
+    guide.query("ALTER TABLE activity_log ALTER action DROP NOT NULL")
+    guide.query("UPDATE activity_log SET action = NULL WHERE abs(hashtext(id::text)) % 3 = 0")
+    result = complete(guide, PruneLogs(keep_security=True))
+    assert result["kept"], result["findings"]
+    none = "SELECT count(*) FROM activity_log WHERE action IS NULL AND timestamp < now() - interval '91 days'"
+    assert guide.query(none) == [(0,)]
 
 
 # -- what the host forbids ------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from worker.layouts.paperclip.carriers import CARRIERS, SCHEME
 from worker.layouts.paperclip.tables import (
     COMPANIES,
     EFFECTS,
+    FINALIZATIONS,
     ISSUES,
+    RECOVERIES,
     RUNS,
     TERMINAL_ISSUE,
     TERMINAL_RUN,
@@ -50,6 +52,79 @@ def _run_live(run: sa.Column[Any]) -> Keep:
         why="its run has not ended, so the app still reads its rows as state",
         rows=sa.exists(RUNS.c.id).where(RUNS.c.id == run, RUNS.c.status.not_in(TERMINAL_RUN)),
         reads=(RUNS,),
+    )
+
+
+# Of these failures the app asks the run's events, at each of its rounds until it has decided, whether another run may
+# do the work anew.
+_LOOKED_INTO = (
+    "native_provider_terminal_failed",
+    "native_session_cleanup_quarantined",
+    "provider_transport_failed",
+)
+
+
+def _unsettled(run: sa.Column[Any]) -> Keep:
+    end = FINALIZATIONS.c
+    decided = (end.failure_detail[name].astext for name in ("successorRunId", "replacementDenied"))
+    undecided = sa.and_(
+        end.phase == "terminal_failure",
+        end.failure_code.in_(_LOOKED_INTO),
+        end.result_id.is_(None),
+        *(sa.func.coalesce(one, "") == "" for one in decided),
+    )
+    open_ = sa.or_(end.phase.not_in(("committed", "terminal_failure")), undecided)
+    return Keep(
+        reason="run_unsettled",
+        why="its run has ended, but the app may take it up again or have its work done anew, by what its rows say",
+        rows=sa.exists(end.run_id).where(end.run_id == run, open_),
+        reads=(FINALIZATIONS,),
+    )
+
+
+def _recovering(run: sa.Column[Any]) -> Keep:
+    action = RECOVERIES.c
+    named = _as_id(sa.func.coalesce(action.evidence["runId"].astext, action.evidence["sourceRunId"].astext))
+    # One that is resolved may forbid for good that the run's work is done anew.
+    forbids = action.evidence["automaticRecovery"]["replay"].astext == "blocked"
+    runs = sa.select(named.label("run")).where(sa.or_(action.status.not_in(("resolved", "cancelled")), forbids))
+    found = runs.subquery("recovering")
+    return Keep(
+        reason="recovering",
+        why="the app repairs its task, and asks its rows whether the run has stopped",
+        # Not EXISTS: of the few rows that the planner expects in a bite it would ask each against all of these.
+        rows=sa.and_(run.is_not(None), run.in_(sa.select(found.c.run).where(found.c.run.is_not(None)))),
+        reads=(RECOVERIES,),
+    )
+
+
+def _as_id(text: sa.ColumnElement[str]) -> sa.ColumnElement[Any]:
+    """A text as the id that it is, else NULL; a cast alone would fail on it."""
+    return sa.case((text.regexp_match("^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"), sa.cast(text, sa.Uuid)))
+
+
+def _given_up(of: sa.Table) -> Keep:
+    task = _as_id(sa.func.coalesce(*(RUNS.c.context_snapshot[name].astext for name in ("issueId", "taskId"))))
+    of_open = (
+        sa.select(RUNS.c.id)
+        .where(
+            RUNS.c.id == of.c.run_id,
+            RUNS.c.status.in_(("failed", "timed_out")),
+            ISSUES.c.id == task,
+            ISSUES.c.company_id == RUNS.c.company_id,
+            ISSUES.c.status.not_in(TERMINAL_ISSUE),
+            ISSUES.c.hidden_at.is_(None),
+        )
+        # Asked for the few rows that say so, and never of all runs at once, whose contexts are large.
+        .offset(0)
+        .exists()
+    )
+    says = sa.and_(of.c.event_type == "lifecycle", of.c.message.like("Bounded retry exhausted%"))
+    return Keep(
+        reason="issue_open",
+        why="its issue is open and visible, and by this row alone the app shows that its run failed for good",
+        rows=sa.case((says, of_open), else_=sa.false()),
+        reads=(RUNS, ISSUES),
     )
 
 
@@ -112,14 +187,18 @@ def _ids_of_anything(name: str) -> list[str]:
 def _of_runs(of: sa.Table) -> Callable[[Sequence[str]], sa.ColumnElement[bool]] | None:
     """Which rows are of, or about, a run of one of some tasks; None where none can be."""
     run = next((of.c[name] for name in ("run_id", "heartbeat_run_id") if name in of.c), None)
-    if run is None:
+    if run is None and "details" not in of.c:
         return None
 
     def found(ids: Sequence[str]) -> sa.ColumnElement[bool]:
         runs = runs_of_tasks(ids)
+        texts = sa.select(sa.cast(runs.selected_columns.id, sa.Text))
+        if run is None:
+            # That a tool was let in, or a token given out, the app writes down with the run in the details alone.
+            said: sa.ColumnElement[str] = sa.type_coerce(of.c.details, JSONB)["runId"].astext
+            return said.in_(texts)
         terms = [sa.and_(run.is_not(None), run.in_(runs))]
         if "entity_id" in of.c:
-            texts = sa.select(sa.cast(runs.selected_columns.id, sa.Text))
             terms.append(sa.and_(of.c.entity_type == "heartbeat_run", of.c.entity_id.in_(texts)))
         return sa.or_(*terms)
 
@@ -133,6 +212,7 @@ def _log(name: str, *, key: Any = sa.Uuid, age: str = "created_at", company: boo
         catalogued(name)
         | dict.fromkeys(_ids_of_anything(name), sa.Text)
         | links
+        | more.pop("also", {})
         | {"id": key, age: TIME}
         | ({"company_id": sa.Uuid} if company else {})
     )
@@ -166,7 +246,17 @@ _ACTIVITY_LOG = LogTable(
 
 _LOGS = (
     _ACTIVITY_LOG,
-    _log("heartbeat_run_events", key=sa.BigInteger, keeps=(lambda table: _run_live(table.c.run_id),)),
+    _log(
+        "heartbeat_run_events",
+        key=sa.BigInteger,
+        also={"event_type": sa.Text, "message": sa.Text},
+        keeps=(
+            lambda log: _run_live(log.c.run_id),
+            lambda log: _unsettled(log.c.run_id),
+            lambda log: _recovering(log.c.run_id),
+            _given_up,
+        ),
+    ),
     _log("secret_access_events"),
     _log("tool_call_events"),
     _log("tool_access_audit_events"),

@@ -50,6 +50,15 @@ RUNS = table(
     context_snapshot=JSONB,
 )
 EFFECTS = table("decision_effect_executions", activity_log_id=sa.Uuid)
+FINALIZATIONS = table(
+    "native_run_finalizations",
+    run_id=sa.Uuid,
+    phase=sa.Text,
+    result_id=sa.Uuid,
+    failure_code=sa.Text,
+    failure_detail=JSONB,
+)
+RECOVERIES = table("issue_recovery_actions", wide=True, status=sa.Text, evidence=JSONB)
 
 
 def runs_of_tasks(ids: Sequence[str]) -> sa.Select[Any]:
