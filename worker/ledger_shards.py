@@ -52,14 +52,15 @@ def add_shards(connection: sa.Connection, run: UUID, sweep: int, shards: Iterabl
 
 
 def _take_shard() -> sa.Select[Any]:
+    run = sa.bindparam("run", type_=sa.Uuid)
+    sweep = sa.select(RUNS.c.sweep).where(RUNS.c.id == run, RUNS.c.state == State.RUNNING).scalar_subquery()
+    # By themselves, not beside each shard: a run may have one for each of thousands of companies.
     other = SHARDS.alias()
-    of_run = sa.and_(other.c.run_id == RUNS.c.id, other.c.sweep == RUNS.c.sweep, ~other.c.done)
-    earliest = sa.select(sa.func.min(other.c.stage)).where(of_run).correlate(RUNS).scalar_subquery()
+    of_run = sa.and_(other.c.run_id == run, other.c.sweep == sweep, ~other.c.done)
+    earliest = sa.select(sa.func.min(other.c.stage)).where(of_run).scalar_subquery()
     return (
         sa.select(SHARDS)
-        .join(RUNS, RUNS.c.id == SHARDS.c.run_id)
-        .where(RUNS.c.id == sa.bindparam("run"), RUNS.c.state == State.RUNNING)
-        .where(SHARDS.c.sweep == RUNS.c.sweep, ~SHARDS.c.done, SHARDS.c.stage == earliest)
+        .where(SHARDS.c.run_id == run, SHARDS.c.sweep == sweep, ~SHARDS.c.done, SHARDS.c.stage == earliest)
         .order_by(SHARDS.c.number)
         .limit(1)
         .with_for_update(of=SHARDS, skip_locked=True)
