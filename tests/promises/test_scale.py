@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
+
+import sqlalchemy as sa
 
 from tasks.prune_logs import PruneLogs
 from tests.conftest import Deployment
@@ -11,7 +17,35 @@ from worker import ledger, ledger_shards
 from worker.job import Shard
 from worker.operations import Operations
 from worker.plans import Tally
+from worker.runner import Outcome
 from worker.states import State
+
+
+def _companies(deployment: Deployment, number: int) -> None:
+    """More companies, and nothing in the activity log but one old row of each."""
+    deployment.query("TRUNCATE activity_log CASCADE")
+    deployment.query(
+        "WITH made AS (INSERT INTO companies (id, name, issue_prefix) "
+        "SELECT gen_random_uuid(), 'many', 'M' || n FROM generate_series(1, %s) n RETURNING id) "
+        "INSERT INTO activity_log (company_id, actor_id, action, entity_type, entity_id, created_at) "
+        "SELECT id, 'u', 'a', 'x', 'y', now() - interval '200 days' FROM made",
+        number,
+    )
+
+
+@contextmanager
+def _statements(operations: Operations) -> Iterator[list[str]]:
+    """The statements that are executed meanwhile."""
+    found: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        found.append(statement)
+
+    sa.event.listen(operations.engine, "before_cursor_execute", note)
+    try:
+        yield found
+    finally:
+        sa.event.remove(operations.engine, "before_cursor_execute", note)
 
 
 def _start(operations: Operations, **fields: Any) -> UUID:
@@ -44,3 +78,41 @@ def test_a_shard_of_ten_thousand_is_taken_in_no_time(released: Deployment) -> No
                 assert other is not None
                 assert (other.shard.stage, other.number) == (0, held.number + 1)
             ledger_shards.record_bite(connection, held, cursor=None, tally=Tally(), done=True, objects=(), seconds=0)
+
+
+def test_statements_do_not_grow_with_the_companies(released: Deployment) -> None:
+    """The app and other receipts wait for nobody who tells thousands of companies one by one."""
+    _companies(released, 1_500)
+    operations = released.operations
+    run = _start(operations)
+    with _statements(operations) as laid_out:
+        assert operations.runner().work(run, seconds=0) is Outcome.MORE
+    assert len(laid_out) < 100
+    assert operations.stop(str(run)).state is State.STOPPED
+    run = _start(operations, archive=False)
+    with _statements(operations) as found:
+        assert operations.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    assert len(found) < 1_000
+    result = operations.result(run)
+    assert (result["state"], result["rows"], len(result["tally"])) == ("kept", 1_500, 1_500)
+    ((told, companies),) = released.query(
+        "SELECT count(*), count(DISTINCT company_id) FROM activity_log WHERE action = %s AND details @> %s",
+        PruneLogs.action,
+        json.dumps({"run": str(run), "rows": 1}),
+    )
+    assert (told, companies) == (1_500, 1_500)
+
+
+def test_what_one_company_cannot_be_told_the_others_are(released: Deployment) -> None:
+    _companies(released, 30)
+    ((deaf,),) = released.query("SELECT company_id FROM activity_log ORDER BY id LIMIT 1")
+    released.query(
+        f"ALTER TABLE activity_log ADD CHECK (created_at < now() - interval '1 day' OR company_id <> '{deaf}')"
+    )
+    run = _start(released.operations, archive=False)
+    assert released.operations.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    result = released.operations.result(run)
+    assert result["kept"]
+    missing = result["receipt"]["evidence"]["activity_not_written"]
+    assert missing == {str(deaf): "the database refuses it (SQLSTATE 23514)"}
+    assert released.query("SELECT count(*) FROM activity_log WHERE action = %s", PruneLogs.action) == [(29,)]
