@@ -116,3 +116,18 @@ def test_what_one_company_cannot_be_told_the_others_are(released: Deployment) ->
     missing = result["receipt"]["evidence"]["activity_not_written"]
     assert missing == {str(deaf): "the database refuses it (SQLSTATE 23514)"}
     assert released.query("SELECT count(*) FROM activity_log WHERE action = %s", PruneLogs.action) == [(29,)]
+
+
+def test_as_many_policies_as_companies(released: Deployment) -> None:
+    """More than a statement has parameters for: a run was told that the database is gone, again and again."""
+    before = {one.company: one for one in released.operations.plan(PruneLogs()).targets}
+    released.query(
+        'INSERT INTO paperclip_worker.policies ("table", company, version, keep_seconds, reason, actor, created_at) '
+        "SELECT 'activity_log', coalesce(c.id, gen_random_uuid()), 1, 86400 * (190 + n % 7), 'r', 'a', "
+        "now() - interval '1 day' FROM generate_series(1, 33000) n "
+        "LEFT JOIN (SELECT id, row_number() OVER (ORDER BY id) AS n FROM companies LIMIT 2) c USING (n)"
+    )
+    after = {one.company: one for one in released.operations.plan(PruneLogs()).targets}
+    longer = [company for company, one in before.items() if after[company].rows < one.rows]
+    assert sorted(longer, key=str) == sorted(before, key=str)[:2]
+    assert [after[company] for company in before.keys() - set(longer)] == [before[max(before, key=str)]]
