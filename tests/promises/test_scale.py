@@ -4,21 +4,44 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 
 from tasks.prune_logs import PruneLogs
-from tests.conftest import Deployment
-from worker import ledger, ledger_shards
+from tests.conftest import ROOT, Deployment
+from worker import audit, ledger, ledger_shards
 from worker.job import Shard
 from worker.operations import Operations
 from worker.plans import Tally
 from worker.runner import Outcome
 from worker.states import State
+
+MOST_MEMORY = 250 << 20
+
+
+# What a process has held at most, without what its parent held when it was forked.
+_MEASURED = """
+import atexit, runpy, sys
+status = lambda: open("/proc/self/status", encoding="ascii").read().partition("VmHWM:")[2].split()[0]
+atexit.register(lambda: print(status(), file=sys.stderr))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def _peak(deployment: Deployment, *words: str) -> int:
+    """The most memory that a command takes, which must succeed."""
+    command = [sys.executable, "-c", _MEASURED, "cli.py", *words]
+    environment = {key: value for key, value in deployment.process_environment().items() if key != "PYTHONWARNINGS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stderr.split()[-1]) << 10
 
 
 def _companies(deployment: Deployment, number: int) -> None:
@@ -131,3 +154,37 @@ def test_as_many_policies_as_companies(released: Deployment) -> None:
     longer = [company for company, one in before.items() if after[company].rows < one.rows]
     assert sorted(longer, key=str) == sorted(before, key=str)[:2]
     assert [after[company] for company in before.keys() - set(longer)] == [before[max(before, key=str)]]
+
+
+def _receipts(deployment: Deployment, number: int, *, megabytes: int) -> None:
+    """Receipts of a run of very many companies, which is settled so often."""
+    run = _start(deployment.operations, archive=False)
+    assert deployment.operations.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    settings = deployment.operations.settings
+    assert settings.signing_key_file is not None
+    signer = audit.Signer.load(settings.signing_key_file)
+    left = [
+        {"table": "activity_log", "company": str(uuid4()), "reason": "issue_open", "rows": 1}
+        for _ in range(megabytes * 9_000)
+    ]
+    receipt = deployment.operations.result(run)["receipt"]
+    facts = {"state": receipt["state"], "settled_at": receipt["settled_at"], "left": left}
+    for _ in range(number):
+        with deployment.operations.transaction() as connection:
+            audit.append(connection, signer, run, facts)
+
+
+def test_a_receipt_of_very_many_companies_goes_to_the_bucket(released: Deployment) -> None:
+    """It went there, was taken for another deployment's, and every later `verify` told of a flaw."""
+    _receipts(released, 1, megabytes=25)
+    (_, size) = released.query("SELECT seq, length(body) FROM paperclip_worker.receipts ORDER BY seq DESC LIMIT 1")[0]
+    assert size > 20 << 20
+    assert released.json("receipts", "anchor")["not_anchored"] == 0
+    released.cli("receipts", "verify", "--from-s3")
+
+
+def test_large_receipts_are_verified_a_few_at_a_time(released: Deployment) -> None:
+    _receipts(released, 50, megabytes=3)
+    assert _peak(released, "receipts", "verify") < MOST_MEMORY
+    released.operations.anchor()
+    assert _peak(released, "receipts", "verify", "--from-s3") < MOST_MEMORY
