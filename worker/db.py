@@ -150,6 +150,8 @@ _WAITS = sa.case(
     else_=sa.func.current_setting(_SYNC),
 )
 
+_LIFE = "transaction_timeout"
+
 # Session-wide SET would leak through a transaction-pooling proxy; the third argument keeps each local.
 _BOUNDS = sa.select(
     *(
@@ -175,8 +177,12 @@ _BOUNDS = sa.select(
             # A row that a policy hides from us is an error: it may be what says that another must stay.
             ("row_security", "off"),
             ("jit", "off"),
+            # Rows are taken by their places: without it each bite reads the whole table.
+            ("enable_tidscan", "on"),
         )
     ),
+    # It would end the connection in the midst of a plan, each time anew; PostgreSQL has it from 17 on.
+    sa.case((sa.func.current_setting(_LIFE, True).is_not(None), sa.func.set_config(_LIFE, "0", True)), else_=None),
 )
 
 

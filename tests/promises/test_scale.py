@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID, uuid4
 
+import pytest
 import sqlalchemy as sa
 
 from tasks.prune_logs import PruneLogs
@@ -188,3 +189,16 @@ def test_large_receipts_are_verified_a_few_at_a_time(released: Deployment) -> No
     assert _peak(released, "receipts", "verify") < MOST_MEMORY
     released.operations.anchor()
     assert _peak(released, "receipts", "verify", "--from-s3") < MOST_MEMORY
+
+
+def test_a_transaction_takes_as_long_as_its_statements(released: Deployment) -> None:
+    """A database that ends long transactions (PostgreSQL 17) would end each look at a large table, ever again."""
+    name = released.environment["DATABASE_URL"].rpartition("/")[2]
+    (version,) = released.query("SELECT current_setting('server_version_num')::int")[0]
+    if version < 170_000:
+        pytest.skip("PostgreSQL has no such setting before 17")
+    released.query(f"ALTER DATABASE {name} SET transaction_timeout = '300ms'")
+    released.operations.close()
+    with released.operations.transaction(read_only=True) as connection:
+        connection.exec_driver_sql("SELECT pg_sleep(0.5)")
+        assert connection.exec_driver_sql("SHOW transaction_timeout").scalar() == "0"
