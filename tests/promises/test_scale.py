@@ -191,6 +191,12 @@ def test_large_receipts_are_verified_a_few_at_a_time(released: Deployment) -> No
     assert _peak(released, "receipts", "verify", "--from-s3") < MOST_MEMORY
 
 
+def test_rows_that_the_database_packs_small_fit_in_memory(released: Deployment) -> None:
+    """Text of one letter takes a hundredth in the table, and its full length in a line of the archive."""
+    released.query("UPDATE activity_log SET details = jsonb_build_object('x', repeat('x', 150000))")
+    assert _peak(released, "run", "prune-logs", "--older-than", "100d", "--inline", "--yes") < MOST_MEMORY
+
+
 def test_a_transaction_takes_as_long_as_its_statements(released: Deployment) -> None:
     """A database that ends long transactions (PostgreSQL 17) would end each look at a large table, ever again."""
     name = released.environment["DATABASE_URL"].rpartition("/")[2]
