@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from worker import canonical, chains, db
-from worker.audit import ANCHORS, RECEIPTS
+from worker.audit import ANCHORS, RECEIPTS, STREAMED
 from worker.chains import Receipt
 from worker.errors import AnchorTampered
 from worker.logs import log
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 PREFIX = "receipts/"
 HEADS = PREFIX + "heads/"
-# Receipts are read from the database so many at a time.
-_SLICE = 50
+# Receipts are read from the database so many at a time; one may have some megabytes.
+_SLICE = 5
 
 # The name of a receipt's object in SQL; as `key_of`.
 KEY = sa.func.concat(
@@ -273,7 +273,7 @@ def books(connection: sa.Connection) -> Iterator[tuple[Receipt, str | None]]:
     query = sa.select(RECEIPTS, ANCHORS.c.key.label("key")).join(
         ANCHORS, ANCHORS.c.seq == RECEIPTS.c.seq, isouter=True
     )
-    rows = connection.execution_options(stream_results=True).execute(query.order_by(RECEIPTS.c.seq))
+    rows = connection.execution_options(yield_per=STREAMED).execute(query.order_by(RECEIPTS.c.seq))
     for row in rows:
         values = row._asdict()
         key = values.pop("key")

@@ -43,6 +43,8 @@ ANCHORS = sa.Table(
     sa.Column("locked_until", sa.DateTime(timezone=True)),
 )
 CHAIN = sa.Table("chain", _meta, sa.Column("seq", sa.BigInteger), sa.Column("hash", sa.Text))
+# Who reads them all has so many in memory: SQLAlchemy by itself comes to hold a thousand, of some megabytes each.
+STREAMED = 5
 
 
 class Signer:

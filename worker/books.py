@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from worker import chains, ledger
 from worker.anchors import KEY
-from worker.audit import ANCHORS, CHAIN, RECEIPTS
+from worker.audit import ANCHORS, CHAIN, RECEIPTS, STREAMED
 from worker.chains import Flaw, Receipt
 from worker.ledger import RUNS
 from worker.states import SETTLED
@@ -28,7 +28,7 @@ def verify(connection: sa.Connection, trusted: Sequence[Ed25519PublicKey]) -> tu
     Checked beyond the chain itself, so that receipts cut off its end are missed: its recorded head, that the newest
     receipt of every settled run says how and when it ended, and that every anchor has its receipt.
     """
-    rows = connection.execution_options(stream_results=True).execute(sa.select(RECEIPTS).order_by(RECEIPTS.c.seq))
+    rows = connection.execution_options(yield_per=STREAMED).execute(sa.select(RECEIPTS).order_by(RECEIPTS.c.seq))
     own = str(ledger.identity(connection))
     chain = chains.verify((Receipt(**row._asdict()) for row in rows), trusted, of=own)
     last, flaws = chain.head, chain.flaws
@@ -52,7 +52,7 @@ def _runs(connection: sa.Connection, last: int) -> Iterator[Flaw]:
     )
     query = sa.select(RUNS.c.id, RUNS.c.state, _possible(RUNS.c.settled_at).label("settled_at"), newest)
     query = query.select_from(RUNS.outerjoin(newest, sa.true())).where(RUNS.c.state.in_(SETTLED))
-    for run in connection.execution_options(stream_results=True).execute(query):
+    for run in connection.execution_options(yield_per=STREAMED).execute(query):
         if run.seq is None:
             yield Flaw(seq=last, what=f"run {run.id} is settled and has no receipt")
         elif not chains.tells_end(run.body, run.state, run.settled_at):

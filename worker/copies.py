@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from worker.plans import Amount
     from worker.rowset import RowSet
 
-# So many lines are put together, but for rows of more bytes than this.
+# So many lines are put together, but for those of more bytes than this.
 _TOGETHER = 256
-_LARGE = 2_000
+_LARGE = 4_000
 
 
 def query(
@@ -54,8 +54,9 @@ def _of_any(rows: RowSet, columns: tuple[Column, ...], dialect: sa.Dialect, *, u
         .subquery("found")
     )
     row = found.c
-    # A large row stands alone, or those together would have no bound.
-    part = sa.case((row.size > _LARGE, -row.number), else_=row.number // _TOGETHER)
+    # A large line stands alone, or those together would have no bound. By its own length: of what a row has in itself
+    # the table may hold a hundredth, compressed.
+    part = sa.case((sa.func.octet_length(row.line) > _LARGE, -row.number), else_=row.number // _TOGETHER)
     together = sa.select(
         sa.cast(row.company, sa.Text),
         sa.func.count(),

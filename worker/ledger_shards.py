@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from worker.archive import ArchivedObject
 from worker.job import Shard
 from worker.ledger_schema import BITES, OBJECTS, RUNS, SHARDS
-from worker.plans import Tally
+from worker.plans import Amount, Place, Tally
 from worker.states import State
 
 if TYPE_CHECKING:
@@ -52,14 +52,15 @@ def add_shards(connection: sa.Connection, run: UUID, sweep: int, shards: Iterabl
 
 
 def _take_shard() -> sa.Select[Any]:
+    run = sa.bindparam("run", type_=sa.Uuid)
+    sweep = sa.select(RUNS.c.sweep).where(RUNS.c.id == run, RUNS.c.state == State.RUNNING).scalar_subquery()
+    # By themselves, not beside each shard: a run may have one for each of thousands of companies.
     other = SHARDS.alias()
-    of_run = sa.and_(other.c.run_id == RUNS.c.id, other.c.sweep == RUNS.c.sweep, ~other.c.done)
-    earliest = sa.select(sa.func.min(other.c.stage)).where(of_run).correlate(RUNS).scalar_subquery()
+    of_run = sa.and_(other.c.run_id == run, other.c.sweep == sweep, ~other.c.done)
+    earliest = sa.select(sa.func.min(other.c.stage)).where(of_run).scalar_subquery()
     return (
         sa.select(SHARDS)
-        .join(RUNS, RUNS.c.id == SHARDS.c.run_id)
-        .where(RUNS.c.id == sa.bindparam("run"), RUNS.c.state == State.RUNNING)
-        .where(SHARDS.c.sweep == RUNS.c.sweep, ~SHARDS.c.done, SHARDS.c.stage == earliest)
+        .where(SHARDS.c.run_id == run, SHARDS.c.sweep == sweep, ~SHARDS.c.done, SHARDS.c.stage == earliest)
         .order_by(SHARDS.c.number)
         .limit(1)
         .with_for_update(of=SHARDS, skip_locked=True)
@@ -182,16 +183,20 @@ def no_bite_in_flight(connection: sa.Connection, run: UUID) -> bool:
 def tally(connection: sa.Connection, run: UUID) -> Tally:
     """What the run has done so far."""
     parts = connection.scalars(sa.select(SHARDS.c.tally).where(SHARDS.c.run_id == run))
-    return sum((Tally.from_json(part) for part in parts), Tally())
+    # Added up in one go: each sum of two is a copy, and there may be a shard for each of thousands of companies.
+    done: dict[Place, Amount] = {}
+    for part in parts:
+        for place, amount in Tally.from_json(part).done.items():
+            done[place] = done.get(place, Amount()) + amount
+    return Tally(done)
 
 
 def stage(connection: sa.Connection, run: UUID) -> str | None:
     """The stage a run is in, where it has more than one; None when all of them are done."""
-    shards = sa.select(SHARDS.c.key, SHARDS.c.done, SHARDS.c.stage).where(SHARDS.c.run_id == run)
-    rows = connection.execute(shards.order_by(SHARDS.c.sweep.desc(), SHARDS.c.stage, SHARDS.c.number)).all()
-    if not any(row.stage for row in rows):
-        return None
-    return next((row.key.partition(":")[0] for row in rows if not row.done), None)
+    staged = sa.exists().where(SHARDS.c.run_id == run, SHARDS.c.stage != 0)
+    shards = sa.select(SHARDS.c.key).where(SHARDS.c.run_id == run, ~SHARDS.c.done, staged)
+    key = connection.scalar(shards.order_by(SHARDS.c.sweep.desc(), SHARDS.c.stage, SHARDS.c.number).limit(1))
+    return None if key is None else key.partition(":")[0]
 
 
 def progress(connection: sa.Connection, run: UUID) -> tuple[int, int]:

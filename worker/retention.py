@@ -16,6 +16,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from worker.errors import Refused
+from worker.layouts.model import is_one_of
 from worker.ledger import SCHEMA
 from worker.params import duration_text
 
@@ -78,9 +79,9 @@ class Cutoffs:
         for whose, moment in self.special.items():
             moments.setdefault(moment, []).append(whose)
         # A row of no company has none of these.
-        others = sa.or_(company.is_(None), company.not_in(list(self.special)))
-        rest = sa.and_(others, age < self.default)
-        return sa.or_(rest, *(sa.and_(company.in_(ids), age < moment) for moment, ids in sorted(moments.items())))
+        others = sa.or_(company.is_(None), company != sa.all_(sa.literal(list(self.special), sa.ARRAY(sa.Uuid))))
+        each = (sa.and_(is_one_of(company, ids, sa.Uuid), age < at) for at, ids in sorted(moments.items()))
+        return sa.or_(sa.and_(others, age < self.default), *each)
 
     def to_json(self) -> dict[str, Any]:
         special = {str(whose): moment.isoformat() for whose, moment in sorted(self.special.items())}

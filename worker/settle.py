@@ -11,7 +11,7 @@ from sqlalchemy import exc
 
 from worker import audit, db, ledger, ledger_shards, livetable
 from worker.errors import DatabaseGone
-from worker.layouts.model import Activity
+from worker.layouts.model import Activity, is_one_of
 from worker.logs import log
 from worker.states import State
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from worker.plans import Tally
 
 SWEEPS = 2
+# So many companies are told at once: a statement and a savepoint for each takes a millisecond, and there may be
+# thousands.
+_TOLD = 500
 
 
 def verify(means: Means, job: Job, run: Run) -> State:
@@ -125,28 +128,40 @@ def _tell_companies(
         if company is not None and amount.rows:
             companies[company] = companies.get(company, 0) + amount.rows
     known = means.layout.companies.c.id
-    found = sa.select(sa.cast(known, sa.Text)).where(known.in_([UUID(company) for company in companies]))
+    found = sa.select(sa.cast(known, sa.Text)).where(is_one_of(known, map(UUID, companies), sa.Uuid))
     there = set(means.connection.scalars(found)) if companies else set()
     missing = {company: "the company is gone" for company in companies if company not in there}
     if missing:
         livetable.require_as_seen(means.connection, [means.layout.companies.name])
-    for company in sorted(there):
-        details = {
-            "run": str(run.id),
-            "job": run.job,
-            "params": dict(run.params),
-            "rows": companies[company],
-            "state": state.value,
-        }
-        action = job.activity if job else run.job
-        activity = Activity(id=uuid5(run.id, company), company=company, action=action, at=now, details=details)
-        try:
-            with means.connection.begin_nested():
-                means.connection.execute(means.layout.record_activity(activity))
-        except exc.DBAPIError as fault:
-            if db.passes(fault):
-                raise
-            missing[company] = f"the database refuses it (SQLSTATE {getattr(fault.orig, 'sqlstate', None)})"
+    details = {"run": str(run.id), "job": run.job, "params": dict(run.params), "state": state.value}
+    action = job.activity if job else run.job
+    rows = [
+        Activity(
+            id=uuid5(run.id, company),
+            company=company,
+            action=action,
+            at=now,
+            details=details | {"rows": companies[company]},
+        )
+        for company in sorted(there)
+    ]
+    for first in range(0, len(rows), _TOLD):
+        missing |= _write(means, rows[first : first + _TOLD])
     if missing:
         log.error("activity rows not written", run=str(run.id), companies=len(missing))
     return missing
+
+
+def _write(means: Means, rows: list[Activity]) -> dict[str, str]:
+    """Write activity rows, each by itself where the database refuses some; why not, by company."""
+    try:
+        with means.connection.begin_nested():
+            means.connection.execute(means.layout.record_activity(rows))
+    except exc.DBAPIError as fault:
+        if db.passes(fault):
+            raise
+        if len(rows) == 1:
+            state = getattr(fault.orig, "sqlstate", None)
+            return {rows[0].company: f"the database refuses it (SQLSTATE {state})"}
+        return {whose: why for one in rows for whose, why in _write(means, [one]).items()}
+    return {}

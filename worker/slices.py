@@ -6,6 +6,7 @@ Block (TID) ranges where much goes, (company, age) index order where little does
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 
 import sqlalchemy as sa
 
@@ -75,12 +76,10 @@ def _block_shard(windows: list[list[int]], rows: int) -> Shard:
 
 def _company_shards(rows: RowSet, connection: sa.Connection, targets: Sequence[Target]) -> Iterator[Shard]:
     for target in targets:
-        whose = rows.company == sa.literal(target.company, sa.Uuid(as_uuid=False))
-        oldest = connection.execute(
-            sa.select(tellable(sa.func.min(rows.what.age))).where(whose, rows.old)
-        ).scalar_one()
         cutoff = rows.cutoffs.of(target.company)
         number = min(MOST_SHARDS, max(1, target.rows // SHARD_ROWS))
+        # One shard has no bound within: of thousands of companies most have few rows, and need not be asked.
+        oldest = _oldest(rows, connection, target.company) if number > 1 else cutoff
         step = (cutoff - oldest) / number
         for part in range(number):
             spec = {
@@ -90,3 +89,10 @@ def _company_shards(rows: RowSet, connection: sa.Connection, targets: Sequence[T
                 "to": cutoff.isoformat() if part == number - 1 else (oldest + step * (part + 1)).isoformat(),
             }
             yield Shard(key=f"{target.company}:{part}", rows=target.rows // number, spec=spec)
+
+
+def _oldest(rows: RowSet, connection: sa.Connection, company: str | None) -> datetime:
+    whose = rows.company == sa.literal(company, sa.Uuid(as_uuid=False))
+    query = sa.select(tellable(sa.func.min(rows.what.age))).where(whose, rows.old)
+    found: datetime = connection.execute(query).scalar_one()
+    return found

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
     from worker.storage import History, S3Store, Stored
 
-# Objects are read at the same time, and so many are read ahead.
+# Objects are read at the same time, and so many are read ahead, of no more than so many bytes.
 _READERS = 8
 _AHEAD = 32
+_AHEAD_BYTES = 16 << 20
 # Seconds between a worker's receipt and its head are fewer.
 MOMENT = 1.0
 _RECEIPT = re.compile(r"receipts/([0-9]{12})-([0-9a-f]{16})\.json")
@@ -173,17 +174,19 @@ class _Reader:
         """The objects below a prefix by name, read ahead of their use."""
         waiting: deque[tuple[History, Future[list[Stored] | None]]] = deque()
         names = (one for one in self._store.history(prefix) if prefix == HEADS or not one.key.startswith(HEADS))
-        last = 0
+        last = ahead = 0
         more = True
         while more or waiting:
-            while more and len(waiting) < _AHEAD:
+            while more and len(waiting) < _AHEAD and ahead < _AHEAD_BYTES:
                 one = next(names, None)
                 more = one is not None
                 if one is not None:
                     waiting.append((one, pool.submit(self._read, one)))
+                    ahead += one.size
             if not waiting:
                 return
             history, future = waiting.popleft()
+            ahead -= history.size
             stored = future.result()
             name = pattern.fullmatch(history.key)
             if name is None:

@@ -31,7 +31,7 @@ from worker.app import Site
 from worker.errors import AnchorTampered, Refused, StorageFault
 from worker.metrics import LedgerCollector
 from worker.operations import Operations
-from worker.storage import TooLarge
+from worker.storage import LARGEST, TooLarge
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -371,7 +371,7 @@ def test_what_is_too_large_for_a_receipt_is_not_read(released: Deployment, key: 
     store = released.operations.store
     assert store is not None
     ((start,),) = released.query(f"SELECT left(hash, 16) FROM {_RECEIPTS}")
-    store.put_once(key.format(1, start), b" " * (17 << 20), lock=None)
+    store.put_once(key.format(1, start), b" " * (LARGEST + 1), lock=None)
     with pytest.raises(TooLarge, match="larger than a receipt"):
         store.get(key.format(1, start))
     with pytest.raises(AnchorTampered, match="the bucket holds something else under this name"):

@@ -14,6 +14,7 @@ from tests.anchors.conftest import Bucket
 from tests.cli.helpers import check_refusal
 from worker import anchors, audit, canonical, chains
 from worker.anchors import Signed
+from worker.storage import LARGEST
 
 Chain = dict[str, bytes]
 
@@ -118,7 +119,7 @@ _TAMPERS: dict[str, tuple[Callable[[Chain], object], str]] = {
     ),
     "a body that is a list": (lambda c: _odd_body(c, 2, "[]"), "receipt 2: "),
     "a body that is a bomb": (lambda c: _odd_body(c, 2, _BOMB), "receipt 2: "),
-    "too large": (lambda c: c.update({_key(c, 2): b" " * (17 << 20)}), "receipt 2: .*too large"),
+    "too large": (lambda c: c.update({_key(c, 2): b" " * (LARGEST + 1)}), "receipt 2: .*too large"),
     "newest head missing": (_drop(lambda _: _head(4)), "receipt 4: its head is missing"),
     "a head missing": (_drop(lambda _: _head(2)), "receipt 2: its head is missing"),
     "a head of another receipt": (lambda c: c.update({_head(4): c[_head(3)]}), "receipt 4: .*does not name this"),

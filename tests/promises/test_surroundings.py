@@ -129,6 +129,7 @@ def test_a_transaction_has_settings_of_its_own_whatever_the_database_has(release
         "lc_monetary": "POSIX",
         "row_security": "on",
         "jit": "on",
+        "enable_tidscan": "off",
         "client_encoding": "LATIN1",
     }
     for name, value in others.items():
@@ -145,6 +146,7 @@ def test_a_transaction_has_settings_of_its_own_whatever_the_database_has(release
         "lc_monetary": "C",
         "row_security": "off",
         "jit": "off",
+        "enable_tidscan": "on",
         "client_encoding": "UTF8",
     }
 

@@ -246,14 +246,16 @@ class Activity:
     details: Mapping[str, Any]
 
 
-def record_activity(table: sa.Table, *, details: str, at: str, **entity: str) -> Callable[[Activity], sa.Insert]:
-    """How a layout writes an activity row: `details` and `at` name its columns, `entity` what it says of its object.
+def record_activity(
+    table: sa.Table, *, details: str, at: str, **entity: str
+) -> Callable[[Sequence[Activity]], sa.Insert]:
+    """How a layout writes activity rows: `details` and `at` name its columns, `entity` what it says of its object.
 
-    A resumed run settles again; its one row then says the final numbers.
+    A resumed run settles again; its one row of a company then says the final numbers.
     """
 
-    def insert(row: Activity) -> sa.Insert:
-        values = {
+    def values(row: Activity) -> dict[str, Any]:
+        return {
             "id": row.id,
             "company_id": row.company,
             "action": row.action,
@@ -262,8 +264,10 @@ def record_activity(table: sa.Table, *, details: str, at: str, **entity: str) ->
             details: dict(row.details),
             at: row.at,
         } | {name: row.company if value == "company_id" else value for name, value in entity.items()}
-        found = postgresql.insert(table).values(values)
-        return found.on_conflict_do_update(index_elements=["id"], set_={details: values[details]})
+
+    def insert(rows: Sequence[Activity]) -> sa.Insert:
+        found = postgresql.insert(table).values([values(row) for row in rows])
+        return found.on_conflict_do_update(index_elements=["id"], set_={details: found.excluded[details]})
 
     return insert
 
@@ -282,7 +286,7 @@ class Layout:
     carriers: tuple[Carrier, ...]
     # Tables whose presence tells this layout from the others.
     landmarks: tuple[sa.Table, ...]
-    record_activity: Callable[[Activity], sa.Insert]
+    record_activity: Callable[[Sequence[Activity]], sa.Insert]
 
     def records(self, name: str) -> Records:
         """The log or the tasks' table of that name. Refused as for `log`."""
