@@ -69,7 +69,9 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv[1:]:
             raise
-        _complain(f"internal error ({type(error).__name__}); run again with --debug to see where")
+        _complain(
+            f"internal error ({type(error).__name__}); run it again with --debug before the command to see where"
+        )
         sys.exit(Exit.UNKEPT)
     sys.exit(status if isinstance(status, int) else Exit.KEPT)
 

@@ -19,7 +19,8 @@ from worker.errors import Refused
 
 GENESIS = "0" * 64
 _SIGNATURE = re.compile("[0-9a-f]{128}")
-# The app's own dumps, where it has no pg_dump, cut times off behind the milliseconds. No run ends twice in one.
+# The app's own dumps, where it has no pg_dump as new as the server, cut times off behind the milliseconds. No run
+# ends twice in one.
 _CUT = timedelta(milliseconds=1)
 
 

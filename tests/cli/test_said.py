@@ -182,6 +182,7 @@ def test_an_auditor_reads_the_database_and_no_more(released: Deployment, tmp_pat
         released.query(f"DROP OWNED BY {name}; DROP ROLE {name}")
 
 
+@pytest.mark.long
 def test_the_demo_touches_nothing_that_is_configured(servers: embedded.Embedded, tmp_path: Path) -> None:
     """`demo --help` says so. Here is a deployment's environment, and a directory with a cli.py of somebody else."""
     (tmp_path / "cli.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
