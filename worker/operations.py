@@ -70,8 +70,8 @@ class Operations:
         """Refused where the database's clock is far ahead of this machine's: what is not old yet would go."""
         if (ahead := self.now() - datetime.now(UTC)) > _AHEAD:
             raise Refused(
-                f"the database's clock is {ahead.days} days ahead of this machine's; put right whichever is wrong, for "
-                "rows and keys have their ages by the database's"
+                f"the database's clock is {ahead.days} days ahead of this machine's; put right whichever is wrong, "
+                "for rows and keys have their ages by the database's"
             )
 
     def require_ledger(self) -> UUID:

@@ -381,7 +381,7 @@ def test_a_database_whose_clock_is_far_ahead_takes_nothing(
 ) -> None:
     """All of a log would be old by it, and a key under seal over."""
     monkeypatch.setattr("worker.operations.datetime", _Behind)
-    with pytest.raises(Refused, match="the database.s clock is (59|60) days ahead of this machine"):
+    with pytest.raises(Refused, match=r"the database.s clock is (59|60) days ahead of this machine"):
         complete(released, job)
     assert released.query("SELECT count(*) FROM paperclip_worker.runs") == [(0,)]
 
