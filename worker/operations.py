@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from worker.anchors import Anchor
     from worker.config import Settings
     from worker.ledger import Run
+
+
+# Less is no age of a retention, and clocks that somebody looks after differ by less by far.
+_AHEAD = timedelta(days=1)
 
 
 class Operations:
@@ -61,6 +65,14 @@ class Operations:
         with self.transaction(read_only=True) as connection:
             found: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
             return found
+
+    def _require_clock(self) -> None:
+        """Refused where the database's clock is far ahead of this machine's: what is not old yet would go."""
+        if (ahead := self.now() - datetime.now(UTC)) > _AHEAD:
+            raise Refused(
+                f"the database's clock is {ahead.days} days ahead of this machine's; put right whichever is wrong, "
+                "for rows and keys have their ages by the database's"
+            )
 
     def require_ledger(self) -> UUID:
         """Which ledger the deployment has. Refused where it has none of this release, or not any more."""
@@ -124,6 +136,7 @@ class Operations:
                 raise Refused("PAPERCLIP_WORKER_S3_BUCKET is not set; --without-archive does without it")
             self.store.check()
         now = now or self.now()
+        self._require_clock()
         with self._checked(job, now) as means:
             job.admit(means)
         try:

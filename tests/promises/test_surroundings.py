@@ -14,11 +14,13 @@ from psycopg import sql
 
 from tasks.prune_logs import PruneLogs
 from tasks.restore_logs import RestoreLogs
+from tasks.retire_master_key import RetireMasterKey
 from tests.cli.helpers import INLINE, begin, keys, least, refused, world
 from tests.conftest import NOW, Deployment
 from tests.promises.archived import complete, content, objects_of, prune, restore, store_of
 from worker import ledger
 from worker.errors import Refused
+from worker.job import Job
 from worker.layouts import demo_schema
 from worker.params import RunId
 
@@ -429,6 +431,23 @@ def test_the_age_is_counted_by_the_databases_clock(released: Deployment, monkeyp
     horizon = datetime.fromisoformat(result["receipt"]["horizon"])
     ((distance,),) = released.query("SELECT abs(extract(epoch FROM %s - clock_timestamp()))", horizon)
     assert distance < 600
+
+
+class _Behind(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> _Behind:
+        return super().now(tz) - timedelta(days=60)
+
+
+@pytest.mark.parametrize("job", [PruneLogs(), RetireMasterKey()], ids=lambda job: job.name)
+def test_a_database_whose_clock_is_far_ahead_takes_nothing(
+    released: Deployment, monkeypatch: pytest.MonkeyPatch, job: Job
+) -> None:
+    """All of a log would be old by it, and a key under seal over."""
+    monkeypatch.setattr("worker.operations.datetime", _Behind)
+    with pytest.raises(Refused, match=r"the database.s clock is (59|60) days ahead of this machine"):
+        complete(released, job)
+    assert released.query("SELECT count(*) FROM paperclip_worker.runs") == [(0,)]
 
 
 # -- what came back while a prune stood still -----------------------------------------------------------
