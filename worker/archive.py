@@ -33,8 +33,12 @@ if TYPE_CHECKING:
 # Levels 1 and 3 pack JSON lines to the same size, and 1 takes two thirds of the time (performance.md).
 _LEVEL = 1
 _SPOOL = 8 << 20
-# Objects are read at the same time: a request waits more than it works.
-_READERS = 4
+# So many objects of a batch are packed as their rows come; each takes a megabyte to do so. Where a batch has rows of
+# more companies than that, the others wait as they are, little of each in memory.
+_PACKED_AT_ONCE = 32
+_WAITING = 64 << 10
+# Objects are written and read at the same time: a request waits more than it works.
+_REQUESTS = 4
 INSTANCE = "instance"
 
 
@@ -81,7 +85,7 @@ def write(
             addresses.join(_fill(spools, connection, again(doubtful), needles.of(()))[0])
         whole = [spool for _, spool in sorted(spools.items(), key=_by_company)]
         # The session is kept awake meanwhile: each object takes as long as the store likes.
-        objects = db.beside(connection, lambda: tuple(_store(store, spool, table, run) for spool in whole))()
+        objects = db.beside(connection, lambda: _store_all(store, whole, table, run))()
         return objects, addresses, {whose: spool.size for whose, spool in spools.items()}
     finally:
         for spool in spools.values():
@@ -106,25 +110,27 @@ def _fill(
         addresses.add(places, number)
         spool = spools.get(whose)
         if spool is None:
-            spool = spools[whose] = _Spool(whose)
+            spool = spools[whose] = _Spool(whose, packed=len(spools) < _PACKED_AT_ONCE)
         spool.add(lines, rows=number, size=int.from_bytes(size), first=first, last=last)
     return addresses, doubtful
 
 
 class _Spool:
-    """One object in the making: compressed on the way in, on disk when it grows."""
+    """One object in the making: compressed on the way in (`packed`) or once it is whole, on disk when it grows."""
 
-    def __init__(self, company: str | None) -> None:
+    def __init__(self, company: str | None, *, packed: bool) -> None:
         self.company = company
-        self.body: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=_SPOOL)  # noqa: SIM115 - closed by write()
-        self._zstd = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
+        most = _SPOOL if packed else _WAITING
+        self.body: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=most)  # noqa: SIM115 - closed by write()
+        self._zstd = _compressor() if packed else None
         # Of the rows: how many, their bytes in the table, and as lines.
         self.rows = self.size = self.raw_bytes = 0
         self.first = self.last = b""
 
     def add(self, lines: bytes, *, rows: int, size: int, first: bytes, last: bytes) -> None:
         """Some rows more: their lines, without a line break behind the last, and their first and last age."""
-        self.body.write(self._zstd.compress(lines + b"\n"))
+        line = lines + b"\n"
+        self.body.write(line if self._zstd is None else self._zstd.compress(line))
         self.rows += rows
         self.size += size
         self.raw_bytes += len(lines) + 1
@@ -132,13 +138,33 @@ class _Spool:
 
     def seal(self) -> tuple[str, int]:
         """Complete the object; its SHA-256 (hex) and size in bytes."""
-        self.body.write(self._zstd.flush())
+        zstd = self._zstd or self._pack()
+        self.body.write(zstd.flush())
         size = self.body.tell()
         self.body.seek(0)
         return hashlib.file_digest(self.body, "sha256").hexdigest(), size  # type: ignore[arg-type]
 
+    def _pack(self) -> zstandard.ZstdCompressionObj:
+        """Compress what came so far."""
+        zstd, plain = _compressor(), self.body
+        self.body = tempfile.SpooledTemporaryFile(max_size=_WAITING)  # noqa: SIM115 - closed by write()
+        with plain:
+            plain.seek(0)
+            while chunk := plain.read(_SPOOL):
+                self.body.write(zstd.compress(chunk))
+        return zstd
+
     def close(self) -> None:
         self.body.close()
+
+
+def _compressor() -> zstandard.ZstdCompressionObj:
+    return zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
+
+
+def _store_all(store: Store, spools: Sequence[_Spool], table: str, run: UUID) -> tuple[ArchivedObject, ...]:
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return tuple(pool.map(lambda spool: _store(store, spool, table, run), spools))
 
 
 def _store(store: Store, spool: _Spool, table: str, run: UUID) -> ArchivedObject:
@@ -181,7 +207,7 @@ def _stamp(age: bytes) -> str:
 
 def check(store: Store, objects: Sequence[ArchivedObject]) -> list[str]:
     """The keys whose object is missing or no longer has its bytes. Reads every object whole."""
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(_REQUESTS) as pool:
         found = pool.map(lambda one: read_digest(store, one.key) == one.sha256, objects)
         return [one.key for one, intact in zip(objects, found, strict=True) if not intact]
 

@@ -31,14 +31,23 @@ _MEASURED = """
 import atexit, runpy, sys
 status = lambda: open("/proc/self/status", encoding="ascii").read().partition("VmHWM:")[2].split()[0]
 atexit.register(lambda: print(status(), file=sys.stderr))
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+_COMMAND = """
+sys.argv[0] = "cli.py"
+runpy.run_path("cli.py", run_name="__main__")
+"""
+_REHEARSAL = """
+from datetime import timedelta
+from tasks.prune_logs import PruneLogs
+from worker import config
+from worker.operations import Operations
+Operations(config.load()).rehearse(PruneLogs(table="plugin_logs", older_than=timedelta(days=150)), limit=20_000)
 """
 
 
-def _peak(deployment: Deployment, *words: str) -> int:
+def _peak(deployment: Deployment, *words: str, code: str = _COMMAND) -> int:
     """The most memory that a command takes, which must succeed."""
-    command = [sys.executable, "-c", _MEASURED, "cli.py", *words]
+    command = [sys.executable, "-c", _MEASURED + code, *words]
     environment = {key: value for key, value in deployment.process_environment().items() if key != "PYTHONWARNINGS"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
@@ -195,6 +204,16 @@ def test_rows_that_the_database_packs_small_fit_in_memory(released: Deployment) 
     """Text of one letter takes a hundredth in the table, and its full length in a line of the archive."""
     released.query("UPDATE activity_log SET details = jsonb_build_object('x', repeat('x', 150000))")
     assert _peak(released, "run", "prune-logs", "--older-than", "100d", "--inline", "--yes") < MOST_MEMORY
+
+
+def test_a_bite_of_rows_of_thousands_of_companies_fits_in_memory(released: Deployment) -> None:
+    """Where no index has them by company each bite has an object for each."""
+    _companies(released, 4_000)
+    released.query(
+        "INSERT INTO plugin_logs (plugin_id, company_id, message, created_at) "
+        "SELECT (SELECT plugin_id FROM plugin_logs LIMIT 1), id, 'm', now() - interval '200 days' FROM companies"
+    )
+    assert _peak(released, code=_REHEARSAL) < MOST_MEMORY
 
 
 def test_a_transaction_takes_as_long_as_its_statements(released: Deployment) -> None:
