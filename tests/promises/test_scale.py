@@ -227,3 +227,19 @@ def test_a_transaction_takes_as_long_as_its_statements(released: Deployment) -> 
     with released.operations.transaction(read_only=True) as connection:
         connection.exec_driver_sql("SELECT pg_sleep(0.5)")
         assert connection.exec_driver_sql("SHOW transaction_timeout").scalar() == "0"
+
+
+def test_a_list_of_runs_of_very_many_companies_fits_in_memory(released: Deployment) -> None:
+    """Its plan and what it left name each company; a list shows neither, and who follows a run asks each moment."""
+    run = _start(released.operations, archive=False)
+    assert released.operations.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    released.query(
+        "UPDATE paperclip_worker.runs SET plan = jsonb_build_object('left', many), left_rows = many, findings = many "
+        "FROM (SELECT jsonb_agg(jsonb_build_object('company', gen_random_uuid(), 'reason', 'issue_open', 'rows', n, "
+        "'table', 'activity_log')) AS many FROM generate_series(1, 20000) n) made"
+    )
+    released.query(
+        "INSERT INTO paperclip_worker.runs SELECT (jsonb_populate_record(r, jsonb_build_object('id', "
+        "gen_random_uuid()))).* FROM paperclip_worker.runs r, generate_series(1, 19)"
+    )
+    assert _peak(released, "runs", "list") < MOST_MEMORY
