@@ -16,6 +16,7 @@ from worker.errors import Refused
 from worker.job import Batch, Shard
 from worker.livetable import PARTS
 from worker.masterkeys import HORIZON
+from worker.pgtypes import quoted
 
 if TYPE_CHECKING:
     from worker.layouts.model import Layout
@@ -158,13 +159,8 @@ def _readable(connection: sa.Connection, spec: Mapping[str, Any]) -> bool:
 _HOLDS = "{0}::text LIKE :scheme AND {0}::text LIKE '%ciphertext%'"
 
 
-def quoted(name: str) -> str:
-    """A name of the host's in quotes. SQLAlchemy's own doubles each %, and its `text` does so once more."""
-    return '"' + name.replace('"', '""') + '"'
-
-
 def _in_text(name: str) -> str:
-    """The same for `text`, which takes a colon for a parameter."""
+    """A name in quotes for `text`, which takes a colon for a parameter."""
     return quoted(name).replace(":", "\\:")
 
 
