@@ -34,8 +34,13 @@ if TYPE_CHECKING:
 
 # Levels 1 and 3 pack JSON lines to the same size, and 1 takes two thirds of the time (performance.md).
 _LEVEL = 1
-# Objects are read at the same time: a request waits more than it works.
-_READERS = 4
+_SPOOL = 8 << 20
+# So many objects of a batch are packed as their rows come; each takes a megabyte to do so. Where a batch has rows of
+# more companies than that, the others wait as they are, little of each in memory.
+_PACKED_AT_ONCE = 32
+_WAITING = 64 << 10
+# Objects are written and read at the same time: a request waits more than it works.
+_REQUESTS = 4
 INSTANCE = "instance"
 
 
@@ -76,26 +81,26 @@ def write(
     bytes they take in the table. Raises StorageFault when the store does not give back the very bytes; nothing may be
     deleted then.
     """
-    spools: dict[str | None, _Spool] = {}
+    drafts: dict[str | None, _Draft] = {}
     try:
-        addresses, doubtful = _fill(spools, connection, query, doubted)
+        addresses, doubtful = _fill(drafts, connection, query, doubted)
         if doubtful.number:
-            addresses.join(_fill(spools, connection, again(doubtful), needles.of(()))[0])
-        whole = [spool for _, spool in sorted(spools.items(), key=_by_company)]
+            addresses.join(_fill(drafts, connection, again(doubtful), needles.of(()))[0])
+        whole = [draft for _, draft in sorted(drafts.items(), key=_by_company)]
         # The session is kept awake meanwhile: each object takes as long as the store likes.
-        objects = db.beside(connection, lambda: tuple(_store(store, spool, table, run) for spool in whole))()
-        return objects, addresses, {whose: Amount(spool.rows, spool.size) for whose, spool in spools.items()}
+        objects = db.beside(connection, lambda: _store_all(store, whole, table, run))()
+        return objects, addresses, {whose: Amount(draft.rows, draft.size) for whose, draft in drafts.items()}
     finally:
-        for spool in spools.values():
-            spool.close()
+        for draft in drafts.values():
+            draft.close()
 
 
-def _by_company(item: tuple[str | None, _Spool]) -> str:
+def _by_company(item: tuple[str | None, _Draft]) -> str:
     return item[0] or ""
 
 
 def _fill(
-    spools: dict[str | None, _Spool], connection: sa.Connection, query: Query, doubted: Needles
+    drafts: dict[str | None, _Draft], connection: sa.Connection, query: Query, doubted: Needles
 ) -> tuple[Tids, Tids]:
     """The addresses of the rows that were taken, and of those in doubt."""
     addresses, doubtful = Tids(), Tids()
@@ -106,27 +111,28 @@ def _fill(
             doubtful.add(places, number)
             continue
         addresses.add(places, number)
-        spool = spools.get(whose)
-        if spool is None:
-            spool = spools[whose] = _Spool(whose)
-        spool.add(lines, rows=number, size=int.from_bytes(size), first=first, last=last)
+        draft = drafts.get(whose)
+        if draft is None:
+            draft = drafts[whose] = _Draft(whose, packed=len(drafts) < _PACKED_AT_ONCE)
+        draft.add(lines, rows=number, size=int.from_bytes(size), first=first, last=last)
     return addresses, doubtful
 
 
-class _Spool:
-    """One object in the making: compressed on the way in, on disk when it grows."""
+class _Draft:
+    """One object in the making: compressed on the way in (`packed`) or once it is whole, on disk when it grows."""
 
-    def __init__(self, company: str | None) -> None:
+    def __init__(self, company: str | None, *, packed: bool) -> None:
         self.company = company
-        self.body: IO[bytes] = Spool()
-        self._zstd = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
+        self.body: IO[bytes] = Spool(_SPOOL if packed else _WAITING)
+        self._zstd = _compressor() if packed else None
         # Of the rows: how many, their bytes in the table, and as lines.
         self.rows = self.size = self.raw_bytes = 0
         self.first = self.last = b""
 
     def add(self, lines: bytes, *, rows: int, size: int, first: bytes, last: bytes) -> None:
         """Some rows more: their lines, without a line break behind the last, and their first and last age."""
-        self.body.write(self._zstd.compress(lines + b"\n"))
+        line = lines + b"\n"
+        self.body.write(line if self._zstd is None else self._zstd.compress(line))
         self.rows += rows
         self.size += size
         self.raw_bytes += len(lines) + 1
@@ -134,31 +140,51 @@ class _Spool:
 
     def seal(self) -> tuple[str, int]:
         """Complete the object; its SHA-256 (hex) and size in bytes."""
-        self.body.write(self._zstd.flush())
+        zstd = self._zstd or self._pack()
+        self.body.write(zstd.flush())
         size = self.body.tell()
         self.body.seek(0)
         return hashlib.file_digest(self.body, "sha256").hexdigest(), size  # type: ignore[arg-type]
+
+    def _pack(self) -> zstandard.ZstdCompressionObj:
+        """Compress what came so far."""
+        zstd, plain = _compressor(), self.body
+        self.body = Spool(_WAITING)
+        with plain:
+            plain.seek(0)
+            while chunk := plain.read(_SPOOL):
+                self.body.write(zstd.compress(chunk))
+        return zstd
 
     def close(self) -> None:
         self.body.close()
 
 
-def _store(store: Store, spool: _Spool, table: str, run: UUID) -> ArchivedObject:
-    sha256, size = spool.seal()
-    window = f"{_stamp(spool.first)}--{_stamp(spool.last)}--{sha256[:16]}"
-    key = f"{root(table, run)}company={spool.company or INSTANCE}/{window}.jsonl.zst"
-    store.put(key, spool.body, sha256=sha256)
-    _read_back(store, key, sha256=sha256, raw_bytes=spool.raw_bytes)
+def _compressor() -> zstandard.ZstdCompressionObj:
+    return zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
+
+
+def _store_all(store: Store, drafts: Sequence[_Draft], table: str, run: UUID) -> tuple[ArchivedObject, ...]:
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return tuple(pool.map(lambda draft: _store(store, draft, table, run), drafts))
+
+
+def _store(store: Store, draft: _Draft, table: str, run: UUID) -> ArchivedObject:
+    sha256, size = draft.seal()
+    window = f"{_stamp(draft.first)}--{_stamp(draft.last)}--{sha256[:16]}"
+    key = f"{root(table, run)}company={draft.company or INSTANCE}/{window}.jsonl.zst"
+    store.put(key, draft.body, sha256=sha256)
+    _read_back(store, key, sha256=sha256, raw_bytes=draft.raw_bytes)
     return ArchivedObject(
         table=table,
-        company=spool.company,
+        company=draft.company,
         key=key,
-        rows=spool.rows,
+        rows=draft.rows,
         bytes=size,
-        raw_bytes=spool.raw_bytes,
+        raw_bytes=draft.raw_bytes,
         sha256=sha256,
-        first=spool.first.decode(),
-        last=spool.last.decode(),
+        first=draft.first.decode(),
+        last=draft.last.decode(),
     )
 
 
@@ -183,7 +209,7 @@ def _stamp(age: bytes) -> str:
 
 def check(store: Store, objects: Sequence[ArchivedObject]) -> list[str]:
     """The keys whose object is missing or no longer has its bytes. Reads every object whole."""
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(_REQUESTS) as pool:
         found = pool.map(lambda one: read_digest(store, one.key) == one.sha256, objects)
         return [one.key for one, intact in zip(objects, found, strict=True) if not intact]
 

@@ -144,7 +144,8 @@ class Bites:
         seconds = time.monotonic() - locked
         self._asked = None
         if not self._contended:
-            self._throttle.observe(asked=asked, seconds=seconds, copied=sum(one.raw_bytes for one in objects))
+            copied = sum(one.raw_bytes for one in objects)
+            self._throttle.observe(asked=asked, seconds=seconds, copied=copied, objects=len(objects))
         self._contended = False
         log.debug("bite committed", run=str(run.id), shard=held.number, rows=tally.total.rows, seconds=seconds)
         return True

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from worker import blocks, copyout, db
 from worker.blocks import CTID
-from worker.pgtypes import Xid, Xid8
+from worker.pgtypes import Xid, Xid8, quoted
 from worker.plans import Target
 
 if TYPE_CHECKING:
@@ -137,11 +137,10 @@ class Ciphertext:
 
     def rest(self, columns: list[list[str]] | None = None) -> sa.ColumnElement[Any]:
         """A digest of every other column of a row, or of every other of these."""
-        prepare = self.connection.dialect.identifier_preparer
-        table, terms = prepare.format_table(self.carrier.table), []
+        table, terms = self.connection.dialect.identifier_preparer.format_table(self.carrier.table), []
         for name, kind, category in columns or self.columns():
             if name != self.carrier.column.name:
-                cell = f"{table}.{prepare.quote(name)}"
+                cell = f"{table}.{quoted(name)}"
                 hashless = kind in _HASHLESS or (category in _MAYBE_HASHLESS and kind not in _HASHED)
                 terms.append(f"{cell}::text" if hashless else cell)
         return sa.literal_column(f"hash_record_extended(ROW({', '.join(terms)}), 0)")

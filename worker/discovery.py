@@ -16,6 +16,7 @@ from worker.errors import Refused
 from worker.job import Batch, Shard
 from worker.livetable import PARTS
 from worker.masterkeys import HORIZON
+from worker.pgtypes import quoted
 
 if TYPE_CHECKING:
     from worker.layouts.model import Layout
@@ -140,7 +141,7 @@ def look(
     """
     name = f"{spec['schema']}.{spec['table']}"
     if _readable(connection, spec):
-        row = connection.execute(_query(connection, scheme, spec, start=start, end=end, since=since)).one()
+        row = connection.execute(_query(scheme, spec, start=start, end=end, since=since)).one()
         for column, number in zip(spec["columns"], row, strict=True):
             if number:
                 yield f"{name}.{column}", number + before.get(f"{name}.{column}", 0)
@@ -150,8 +151,7 @@ def _readable(connection: sa.Connection, spec: Mapping[str, Any]) -> bool:
     """Whether there is a column to read, and the table still: a plugin may have been removed, with its schema."""
     if not spec["columns"]:
         return False
-    quote = connection.dialect.identifier_preparer.quote
-    name = f"{quote(spec['schema'])}.{quote(spec['table'])}"
+    name = f"{quoted(spec['schema'])}.{quoted(spec['table'])}"
     return connection.scalar(sa.select(sa.func.to_regclass(name).is_not(None))) is True
 
 
@@ -159,13 +159,15 @@ def _readable(connection: sa.Connection, spec: Mapping[str, Any]) -> bool:
 _HOLDS = "{0}::text LIKE :scheme AND {0}::text LIKE '%ciphertext%'"
 
 
-def _query(
-    connection: sa.Connection, scheme: str, spec: Mapping[str, Any], *, start: int, end: int | None, since: str | None
-) -> sa.TextClause:
-    quote = connection.dialect.identifier_preparer.quote
+def _in_text(name: str) -> str:
+    """A name in quotes for `text`, which takes a colon for a parameter."""
+    return quoted(name).replace(":", "\\:")
+
+
+def _query(scheme: str, spec: Mapping[str, Any], *, start: int, end: int | None, since: str | None) -> sa.TextClause:
     holds = f"count(*) FILTER (WHERE {_HOLDS})"
-    columns = ", ".join(holds.format(quote(column)) for column in spec["columns"])
-    table = f"{quote(spec['schema'])}.{quote(spec['table'])}"
+    columns = ", ".join(holds.format(_in_text(column)) for column in spec["columns"])
+    table = f"{_in_text(spec['schema'])}.{_in_text(spec['table'])}"
     until = f" AND ctid < '({end},0)'::tid" if end is not None else ""
     # The age of a row is asked before its values are read.
     young = f" AND age(xmin) <= (SELECT age('{int(since)}'::xid8::xid))" if since is not None else ""
@@ -190,13 +192,13 @@ def texts(
     connection: sa.Connection, layout: Layout, columns: Collection[str], allowed: Collection[str]
 ) -> Iterator[tuple[str, bytes]]:
     """Every value with an envelope, as it is now, in these columns but for those allowed; with the column."""
-    quote = connection.dialect.identifier_preparer.quote
     for spec in tables(connection, layout, allowed):
-        place = f"{quote(spec['schema'])}.{quote(spec['table'])}"
+        place = f"{_in_text(spec['schema'])}.{_in_text(spec['table'])}"
         for column in spec["columns"]:
             name = f"{spec['schema']}.{spec['table']}.{column}"
             if name in columns and _readable(connection, spec):
-                query = f"SELECT {quote(column)}::text FROM {place} WHERE {_HOLDS.format(quote(column))}"
+                cell = _in_text(column)
+                query = f"SELECT {cell}::text FROM {place} WHERE {_HOLDS.format(cell)}"
                 rows = connection.execute(
                     sa.text(query), {"scheme": f"%{layout.scheme}%"}, execution_options={"yield_per": _FETCHED}
                 )

@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 from sqlalchemy import exc
+from sqlalchemy.dialects.postgresql import JSONB
 
 from worker.errors import Refused, UnderWay
 from worker.ledger_schema import OBJECTS, RUNS, SCHEMA, SHARDS, VERSION, identity, init, require
@@ -28,7 +29,7 @@ __all__ = ["OBJECTS", "RUNS", "SCHEMA", "SHARDS", "VERSION", "identity", "init",
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run as the ledger has it."""
+    """One run as the ledger has it, without its plan: of thousands of companies that takes some megabytes."""
 
     id: UUID
     job: str
@@ -39,7 +40,7 @@ class Run:
     sweep: int
     now: datetime
     plan_hash: str | None
-    plan: Mapping[str, Any] | None
+    laid_out: bool
     planned_rows: int | None
     actor: str
     reason: str | None
@@ -99,11 +100,14 @@ def require_free(connection: sa.Connection, exclusion: str) -> None:
         raise UnderWay(f"{exclusion} is already under way: run {other.id} ({other.state}); watch or stop it")
 
 
-def find(connection: sa.Connection, name: str) -> Run:
-    """The run whose id starts with `name`, or `last`. Refused when there is none, or more than one."""
+def find(connection: sa.Connection, name: str, *, brief: bool = False) -> Run:
+    """The run whose id starts with `name`, or `last`. Refused when there is none, or more than one.
+
+    `brief`: without its findings and what it left.
+    """
     if not name:
         raise Refused("an empty text names no run; give the start of its id, or `last`")
-    query = sa.select(RUNS).order_by(RUNS.c.created_at.desc()).limit(2)
+    query = _select(brief=brief).order_by(RUNS.c.created_at.desc()).limit(2)
     if name == "last":
         rows = connection.execute(query.limit(1)).all()
     else:
@@ -116,7 +120,7 @@ def find(connection: sa.Connection, name: str) -> Run:
 
 def get(connection: sa.Connection, run: UUID, *, hold: bool = False) -> Run | None:
     """The run; with `hold` its row is locked until the transaction ends, and None means another has it."""
-    query = sa.select(RUNS).where(RUNS.c.id == run)
+    query = _select().where(RUNS.c.id == run)
     row = connection.execute(query.with_for_update(skip_locked=True) if hold else query).one_or_none()
     return _run(row) if row else None
 
@@ -127,9 +131,19 @@ def goes_on(connection: sa.Connection, run: UUID) -> bool:
 
 
 def recent(connection: sa.Connection, *, limit: int, state: State | None = None) -> list[Run]:
-    """The newest runs first."""
-    query = sa.select(RUNS).order_by(RUNS.c.created_at.desc()).limit(limit)
+    """The newest runs first, without their findings and what they left."""
+    query = _select(brief=True).order_by(RUNS.c.created_at.desc()).limit(limit)
     return [_run(row) for row in connection.execute(query.where(RUNS.c.state == state) if state else query)]
+
+
+def _select(*, brief: bool = False) -> sa.Select[Any]:
+    none = sa.literal([], JSONB)
+    columns = [
+        none.label(column.name) if brief and column.name in {"findings", "left_rows"} else column
+        for column in RUNS.c
+        if column.name != "plan"
+    ]
+    return sa.select(*columns, RUNS.c.plan.is_not(None).label("laid_out"))
 
 
 def _run(row: sa.Row[Any]) -> Run:
@@ -147,7 +161,7 @@ def step(connection: sa.Connection, run: Run, to: State, **values: Any) -> None:
 def reopen(connection: sa.Connection, run: Run) -> None:
     """Take a stopped or failed, held run up again: at its cursors, or from the start when it never had any."""
     require_free(connection, run.exclusion)
-    to = State.QUEUED if run.plan is None else State.RUNNING
+    to = State.RUNNING if run.laid_out else State.QUEUED
     step(connection, run, to, settled_at=None, error=None)
 
 
@@ -174,7 +188,7 @@ def note_wait(connection: sa.Connection, run: UUID, reason: str | None, *, kind:
 
 def stalled(connection: sa.Connection, *, after: timedelta) -> list[Run]:
     """Active runs on which nothing has moved for a while. The clock is the database's own."""
-    return [_run(row) for row in connection.execute(sa.select(RUNS).where(*_stalled(after)))]
+    return [_run(row) for row in connection.execute(_select(brief=True).where(*_stalled(after)))]
 
 
 def count_rescue(connection: sa.Connection, run: UUID, *, after: timedelta) -> int | None:

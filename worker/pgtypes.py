@@ -44,6 +44,11 @@ def of(table: sa.Table, column: sa.ColumnClause[Any]) -> sa.ColumnClause[Any]:
     return sa.column(column.name, column.type, _selectable=table)
 
 
+def quoted(name: str) -> str:
+    """A name of the host's in quotes. SQLAlchemy's own doubles each %, also where it or nobody does so once more."""
+    return '"' + name.replace('"', '""') + '"'
+
+
 class Tids:
     """A tid[] as PostgreSQL sends it, put together from several; a parameter of a statement."""
 

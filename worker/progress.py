@@ -64,7 +64,7 @@ def _await_anchor(deployment: Operations, run: UUID) -> None:
 
 def _look(deployment: Operations, run: UUID) -> tuple[State, int, int | None, str]:
     with deployment.transaction(read_only=True) as connection:
-        found = ledger.find(connection, str(run))
+        found = ledger.find(connection, str(run), brief=True)
         rows, _ = ledger_shards.progress(connection, run)
         stage = ledger_shards.stage(connection, run)
     note = f"rests: {found.waiting}" if found.waiting else ("second sweep" if found.sweep > 1 else stage or "")

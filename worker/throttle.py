@@ -19,6 +19,8 @@ _LEAST_ROWS = 100
 _CONTENDED_ROWS = 200
 # What a bite copies out stands in files and behind one transaction until it is stored.
 _MOST_COPIED = 64 << 20
+# Where no index has rows by company, each object of a batch is one company's, and the store takes a while for each.
+_MOST_OBJECTS = 500
 _LOOK_EVERY = 2.0
 
 
@@ -45,8 +47,8 @@ class Throttle:
         """How many rows the next bite should take."""
         return min(self._rows, _CONTENDED_ROWS) if contended else self._rows
 
-    def observe(self, *, asked: int, seconds: float, copied: int = 0) -> None:
-        """Learn from a bite that asked for so many rows, held its locks for so long and copied out so many bytes.
+    def observe(self, *, asked: int, seconds: float, copied: int = 0, objects: int = 0) -> None:
+        """Learn from a bite: the rows asked for, how long it held its locks, the bytes and objects it copied out.
 
         At most doubled or halved at once, so one odd bite does not throw the size off; but rows that are large are
         large, so what was copied counts in full, down to a single row.
@@ -54,7 +56,8 @@ class Throttle:
         factor = min(2.0, max(0.5, self._target / max(seconds, 1e-6)))
         by_time = max(_LEAST_ROWS, round(asked * factor))
         by_size = max(1, round(asked * _MOST_COPIED / max(copied, 1)))
-        self._rows = min(self._most, by_time, by_size)
+        by_objects = max(1, round(asked * _MOST_OBJECTS / max(objects, 1)))
+        self._rows = min(self._most, by_time, by_size, by_objects)
 
     def shrink(self) -> None:
         """Take half as much after a conflict."""

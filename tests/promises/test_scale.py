@@ -31,17 +31,26 @@ _MEASURED = """
 import atexit, runpy, sys
 status = lambda: open("/proc/self/status", encoding="ascii").read().partition("VmHWM:")[2].split()[0]
 atexit.register(lambda: print(status(), file=sys.stderr))
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+_COMMAND = """
+sys.argv[0] = "cli.py"
+runpy.run_path("cli.py", run_name="__main__")
+"""
+_REHEARSAL = """
+from datetime import timedelta
+from tasks.prune_logs import PruneLogs
+from worker import config
+from worker.operations import Operations
+Operations(config.load()).rehearse(PruneLogs(table="plugin_logs", older_than=timedelta(days=150)), limit=20_000)
 """
 
 
-def _peak(deployment: Deployment, *words: str) -> int:
-    """The most memory that a command takes, which must succeed."""
-    command = [sys.executable, "-c", _MEASURED, "cli.py", *words]
+def _peak(deployment: Deployment, *words: str, code: str = _COMMAND, status: int = 0) -> int:
+    """The most memory that a command takes, which must end with this status."""
+    command = [sys.executable, "-c", _MEASURED + code, *words]
     environment = {key: value for key, value in deployment.process_environment().items() if key != "PYTHONWARNINGS"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return int(done.stderr.split()[-1]) << 10
 
 
@@ -184,17 +193,32 @@ def test_a_receipt_of_very_many_companies_goes_to_the_bucket(released: Deploymen
     released.cli("receipts", "verify", "--from-s3")
 
 
-def test_large_receipts_are_verified_a_few_at_a_time(released: Deployment) -> None:
-    _receipts(released, 50, megabytes=3)
-    assert _peak(released, "receipts", "verify") < MOST_MEMORY
-    released.operations.anchor()
-    assert _peak(released, "receipts", "verify", "--from-s3") < MOST_MEMORY
+def test_large_receipts_are_read_a_few_at_a_time(released: Deployment) -> None:
+    run = _start(released.operations, archive=False)
+    assert released.operations.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    released.query(
+        "ALTER TABLE paperclip_worker.receipts ALTER body SET STORAGE EXTERNAL; "
+        "INSERT INTO paperclip_worker.receipts (seq, run_id, body, hash, signer, signature) "
+        "SELECT seq + n, run_id, repeat('large', 400000), '', '', '' "
+        "FROM paperclip_worker.receipts, generate_series(1, 150) n"
+    )
+    assert _peak(released, "receipts", "verify", status=1) < MOST_MEMORY
 
 
 def test_rows_that_the_database_packs_small_fit_in_memory(released: Deployment) -> None:
     """Text of one letter takes a hundredth in the table, and its full length in a line of the archive."""
     released.query("UPDATE activity_log SET details = jsonb_build_object('x', repeat('x', 150000))")
     assert _peak(released, "run", "prune-logs", "--older-than", "100d", "--inline", "--yes") < MOST_MEMORY
+
+
+def test_a_bite_of_rows_of_thousands_of_companies_fits_in_memory(released: Deployment) -> None:
+    """Where no index has them by company each bite has an object for each."""
+    _companies(released, 4_000)
+    released.query(
+        "INSERT INTO plugin_logs (plugin_id, company_id, message, created_at) "
+        "SELECT (SELECT plugin_id FROM plugin_logs LIMIT 1), id, 'm', now() - interval '200 days' FROM companies"
+    )
+    assert _peak(released, code=_REHEARSAL) < MOST_MEMORY
 
 
 def test_a_transaction_takes_as_long_as_its_statements(released: Deployment) -> None:
@@ -208,3 +232,19 @@ def test_a_transaction_takes_as_long_as_its_statements(released: Deployment) -> 
     with released.operations.transaction(read_only=True) as connection:
         connection.exec_driver_sql("SELECT pg_sleep(0.5)")
         assert connection.exec_driver_sql("SHOW transaction_timeout").scalar() == "0"
+
+
+def test_a_list_of_runs_of_very_many_companies_fits_in_memory(released: Deployment) -> None:
+    """Its plan and what it left name each company; a list shows neither, and who follows a run asks each moment."""
+    run = _start(released.operations, archive=False)
+    assert released.operations.runner().work(run, seconds=math.inf) is Outcome.SETTLED
+    released.query(
+        "UPDATE paperclip_worker.runs SET plan = jsonb_build_object('left', many), left_rows = many, findings = many "
+        "FROM (SELECT jsonb_agg(jsonb_build_object('company', gen_random_uuid(), 'reason', 'issue_open', 'rows', n, "
+        "'table', 'activity_log')) AS many FROM generate_series(1, 20000) n) made"
+    )
+    released.query(
+        "INSERT INTO paperclip_worker.runs SELECT (jsonb_populate_record(r, jsonb_build_object('id', "
+        "gen_random_uuid()))).* FROM paperclip_worker.runs r, generate_series(1, 19)"
+    )
+    assert _peak(released, "runs", "list") < MOST_MEMORY

@@ -127,7 +127,7 @@ def test_columns_of_types_without_a_hash_are_watched_as_well(vault: Vault) -> No
         "ADD old json DEFAULT '{}', ADD many json[] DEFAULT '{}', ADD tree xml, ADD odd \"char\" DEFAULT 'x', "
         "ADD made text GENERATED ALWAYS AS (md5(material::text)) STORED, ADD cost money DEFAULT 1, "
         "ADD flags bit(4) DEFAULT '0101', ADD more varbit DEFAULT '01', ADD pair strange DEFAULT ROW('{}', '1'), "
-        "ADD span int4range DEFAULT '[1,2)'"
+        "ADD span int4range DEFAULT '[1,2)', ADD \"100% of %s :b\" text DEFAULT 'x'"
     )
     assert vault.run("--generate")["kept"] is True
     assert vault.opened(vault.now) == vault.held

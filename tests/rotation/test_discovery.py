@@ -29,10 +29,8 @@ def _plant(vault: Vault, place: str, type_: str, made: str = "") -> str:
         create = made or f"CREATE TABLE {{0}} (id int, {{1}} {type_})"
         connection.execute(sql.SQL(create).format(name, sql.Identifier(column)))
         for number in range(5):
-            connection.execute(
-                sql.SQL(f"INSERT INTO {{}} VALUES (%s, %s::{type_})").format(name),
-                (number, value if number == 3 else None),
-            )
+            row = (sql.Literal(number), sql.Literal(value if number == 3 else None))
+            connection.execute(sql.SQL(f"INSERT INTO {{}} VALUES ({{}}, {{}}::{type_})").format(name, *row))
     return place
 
 
@@ -63,6 +61,8 @@ def _stops(vault: Vault, *columns: str, **fields: Any) -> None:
         ("plugin_x.state.values", "text[]"),
         ("plugin_x.state.values", "jsonb[]"),
         ("Strange Schema.Odd table.The column", "text"),
+        ('public.the "notes".100% of %s :scheme :b', "text"),
+        ("public.100% of %s :notes.body", "text"),
     ],
 )
 def test_an_envelope_in_an_unknown_column_stops_the_cut_over(released_vault: Vault, place: str, type_: str) -> None:
