@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ import redis
 import sqlalchemy as sa
 from psycopg import errors
 
-from tests.cli.helpers import begin, check_refusal, complete, least
+from tests.cli.helpers import begin, check_refusal, complete, least, press_ctrl_c
 from tests.conftest import ROOT, Deployment
 from tests.faults.evidence import wait
 from tests.rotation import steps
@@ -90,8 +89,7 @@ def test_ctrl_c_while_a_run_is_stopped_does_not_say_that_nothing_was_done(
             text=True,
         ) as process:
             wait(lambda: released.operations.find(str(run)).state.value == "stopping")
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
+            out, err = press_ctrl_c(process)
     finally:
         servers.s3.thaw()
     done = subprocess.CompletedProcess([], process.returncode, out, err.lstrip("\n"))

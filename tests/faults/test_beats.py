@@ -198,11 +198,13 @@ def test_a_beat_leaves_a_broker_that_became_a_replica(released: Deployment, brok
     def connections() -> set[str]:
         return {one["id"] for one in broker.client_list()} - {str(broker.client_id())}
 
+    of_others = connections()
     with _at_work(released) as scheduler:
         make_due(released, ACTIVITY)
         scheduler.tick()
         assert _launched(broker) == {ACTIVITY: 1}
-        before = connections()
+        before = connections() - of_others
+        assert before
         broker.replicaof("127.0.0.1", "1")
         try:
             scheduler.tick()
