@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,9 @@ _numbers = itertools.count()
 for _name in [name for name in os.environ if name.startswith(("PAPERCLIP_", "AWS_", "DATABASE_URL"))]:
     del os.environ[_name]
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+# Tests begun in the background may have been told to ignore Ctrl-C, and so would be all that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Faults that take long to bring about, and meet no change but one of the rotation: for `-m long`.

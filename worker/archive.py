@@ -39,6 +39,8 @@ _SPOOL = 8 << 20
 # more companies than that, the others wait as they are, little of each in memory.
 _PACKED_AT_ONCE = 32
 _WAITING = 64 << 10
+# So many bytes are unpacked at once: text of one letter becomes a thousand times as much.
+_UNPACKED = 4 << 10
 # Objects are written and read at the same time: a request waits more than it works.
 _REQUESTS = 4
 INSTANCE = "instance"
@@ -195,7 +197,8 @@ def _read_back(store: Store, key: str, *, sha256: str, raw_bytes: int) -> None:
     try:
         for chunk in store.read(key):
             packed.update(chunk)
-            plain += len(unpack.decompress(chunk))
+            for start in range(0, len(chunk), _UNPACKED):
+                plain += len(unpack.decompress(chunk[start : start + _UNPACKED]))
     except zstandard.ZstdError as error:
         raise StorageFault(f"{key}: the store gave back other bytes than were written") from error
     if packed.hexdigest() != sha256 or plain != raw_bytes or not unpack.eof:
