@@ -243,7 +243,7 @@ def run(command: list[str], held: int, env: dict[str, str] | None = None, quiet:
 
 def lock(words: list[str]) -> int:
     """Write the locks anew; without --upgrade they keep the versions they have wherever they still fit."""
-    import tomllib  # noqa: PLC0415  (not in the Pythons that only get as far as saying so)
+    import tomllib  # noqa: PLC0415 - not in the Pythons that only get as far as saying so
 
     project = "pyproject.toml"
     build = "\n".join(tomllib.loads((ROOT / project).read_text())["build-system"]["requires"])

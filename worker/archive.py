@@ -23,7 +23,7 @@ from worker.errors import ArchiveTampered, StorageFault, WorkerError
 from worker.needles import Needles
 from worker.pgtypes import Tids
 from worker.plans import Amount
-from worker.spool import Spool
+from worker.spool import IN_MEMORY, Spool
 from worker.storage import Missing, Store, read_digest
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 # Levels 1 and 3 pack JSON lines to the same size, and 1 takes two thirds of the time (performance.md).
 _LEVEL = 1
-_SPOOL = 8 << 20
 # So many objects of a batch are packed as their rows come; each takes a megabyte to do so. Where a batch has rows of
 # more companies than that, the others wait as they are, little of each in memory.
 _PACKED_AT_ONCE = 32
@@ -125,7 +124,7 @@ class _Draft:
 
     def __init__(self, company: str | None, *, packed: bool) -> None:
         self.company = company
-        self.body: IO[bytes] = Spool(_SPOOL if packed else _WAITING)
+        self.body: IO[bytes] = Spool(IN_MEMORY if packed else _WAITING)
         self._zstd = _compressor() if packed else None
         # Of the rows: how many, their bytes in the table, and as lines.
         self.rows = self.size = self.raw_bytes = 0
@@ -154,7 +153,7 @@ class _Draft:
         self.body = Spool(_WAITING)
         with plain:
             plain.seek(0)
-            while chunk := plain.read(_SPOOL):
+            while chunk := plain.read(IN_MEMORY):
                 self.body.write(zstd.compress(chunk))
         return zstd
 

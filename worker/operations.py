@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -194,14 +194,9 @@ class Operations:
             ledger.require(connection)
             return ledger.find(connection, name)
 
-    def stop(self, name: str) -> Run:
-        """Ask a run to stop after the bites in flight; where none is, it is settled here and now."""
-        return self.end_stopped(self.tell_to_stop(name))
-
-    def tell_to_stop(self, name: str) -> UUID:
-        """Have a run stop after the bites in flight, which workers see to."""
-        # A key that cannot sign must be found before.
-        self.runner()
+    def stop(self, name: str, *, told: Callable[[UUID], AbstractContextManager[Any]] = nullcontext) -> Run:
+        """Ask a run to stop after the bites in flight; where none is, it is settled here and now, within `told`."""
+        runner = self.runner()
         with self.transaction() as connection:
             ledger.require(connection)
             run = ledger.find(connection, name)
@@ -212,12 +207,9 @@ class Operations:
                 if held.state not in {State.QUEUED, State.RUNNING, State.VERIFYING}:
                     raise Refused(f"run {run.id} is {held.state}; only a run under way can be stopped")
                 ledger.step(connection, held, State.STOPPING)
-        return run.id
-
-    def end_stopped(self, run: UUID) -> Run:
-        """Settle a run that was told to stop, where no bite of it is in flight; how it is then."""
-        self.runner().work(run, seconds=0)
-        return self.find(str(run))
+        with told(run.id):
+            runner.work(run.id, seconds=0)
+            return self.find(str(run.id))
 
     def resume(self, name: str) -> Run:
         """Make a stopped or failed run ready to go on at its cursors, its horizon unchanged.

@@ -9,11 +9,13 @@ from typing import Any
 
 from worker.errors import NoRoom
 
+IN_MEMORY = 8 << 20
+
 
 class Spool(tempfile.SpooledTemporaryFile[bytes]):
     """A temporary file of bytes. Raises NoRoom where the disk does not take it."""
 
-    def __init__(self, most_in_memory: int = 8 << 20) -> None:
+    def __init__(self, most_in_memory: int = IN_MEMORY) -> None:
         super().__init__(max_size=most_in_memory)
 
     def write(self, data: Any) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -115,15 +114,6 @@ def begin(deployment: Deployment, *, bites: int = 6) -> UUID:
     done = small.result(run)
     assert 0 < done["rows"] < done["planned"]
     return run
-
-
-def press_ctrl_c(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """As an operator does: again where nothing comes of it, for Python loses one that meets a callback of its own."""
-    for _ in range(5):
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            return process.communicate(timeout=12)
-    raise AssertionError("Ctrl-C does not end it")
 
 
 def complete(deployment: Deployment, **fields: Any) -> dict[str, Any]:

@@ -463,7 +463,7 @@ def test_a_key_that_does_not_fit_on_the_disk_leaves_nothing_behind(standing: Dep
     path = tmp_path / "signing.pem"
     command = f"ulimit -f 0; exec {shlex.join([sys.executable, str(ROOT / 'cli.py'), 'keygen', str(path)])}"
     done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, env=standing.process_environment(), check=False
+        ["sh", "-c", command], capture_output=True, text=True, env=standing.process_environment(), check=False
     )
     check_refusal(done, says="signing.pem cannot be written: File too large", status=2)
     assert list(tmp_path.iterdir()) == []

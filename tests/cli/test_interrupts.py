@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
-from tests.cli.helpers import INLINE, PRUNE, check_refusal, press_ctrl_c, world
+from tests.cli.helpers import INLINE, PRUNE, check_refusal, world
 from tests.conftest import ROOT, Deployment
 from tests.faults.evidence import check_kept, rows, wait
 from worker import embedded
@@ -243,7 +243,8 @@ def test_ctrl_c_in_the_midst_of_a_commit_does_not_say_that_nothing_was_done(rele
             "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND datname = current_database()"
         )
         wait(lambda: released.query(waits)[0][0])
-        out, err = press_ctrl_c(process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
     assert released.query("SELECT keep_seconds FROM paperclip_worker.policies") == [(400 * 86400,)]
     done = subprocess.CompletedProcess([], process.returncode, out, err.lstrip("\n"))
     check_refusal(done, says="cut off in the midst of a commit: what was asked for may be done", status=1)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import redis
 import sqlalchemy as sa
 from psycopg import errors
 
-from tests.cli.helpers import begin, check_refusal, complete, least, press_ctrl_c
+from tests.cli.helpers import begin, check_refusal, complete, least
 from tests.conftest import ROOT, Deployment
 from tests.faults.evidence import wait
 from tests.rotation import steps
@@ -89,7 +90,8 @@ def test_ctrl_c_while_a_run_is_stopped_does_not_say_that_nothing_was_done(
             text=True,
         ) as process:
             wait(lambda: released.operations.find(str(run)).state.value == "stopping")
-            out, err = press_ctrl_c(process)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
     finally:
         servers.s3.thaw()
     done = subprocess.CompletedProcess([], process.returncode, out, err.lstrip("\n"))
@@ -159,17 +161,13 @@ def test_an_auditor_reads_the_database_and_no_more(released: Deployment, tmp_pat
     """operations.md: an auditor needs only read access to the database and the public key."""
     complete(released)
     public = tmp_path / "auditor.pem"
-    key = released.environment["PAPERCLIP_WORKER_SIGNING_KEY_FILE"]
-    done = subprocess.run(["openssl", "pkey", "-in", key, "-pubout", "-out", str(public)], check=False)
-    if done.returncode:
-        pytest.skip("needs openssl")
+    own = audit.public_pem(audit.Signer.load(Path(released.environment["PAPERCLIP_WORKER_SIGNING_KEY_FILE"])).public)
     url = urlsplit(released.environment["DATABASE_URL"])
     name = f"auditor_of_{url.path.removeprefix('/')}"
     released.query(f"CREATE ROLE {name} LOGIN PASSWORD 'pw' IN ROLE pg_read_all_data")
     try:
         env = {"DATABASE_URL": f"postgres://{name}:pw@{url.netloc.rpartition('@')[2]}{url.path}"}
         # As with the signing key's file, a second key is found behind the first.
-        own = public.read_text()
         public.write_text(audit.public_pem(audit.keygen(tmp_path / "other.pem").public) + own)
         words = ("receipts", "verify", "--public-key", str(public))
         assert "chain intact" in released.cli(*words, env=env).stdout
@@ -220,9 +218,9 @@ def test_a_batch_that_does_not_fit_on_the_disk_is_taken_smaller(released: Deploy
         "WHERE id IN (SELECT id FROM activity_log WHERE company_id = (SELECT company_id FROM activity_log "
         "ORDER BY created_at LIMIT 1) ORDER BY created_at LIMIT 300)"
     )
-    command = 'ulimit -f 9000; exec "$@"'
+    command = 'ulimit -f 18000; exec "$@"'
     done = subprocess.run(
-        ["bash", "-c", command, "bash", *CLI, "run", "prune-logs", "--inline", "--yes", "--json"],
+        ["sh", "-c", command, "sh", *CLI, "run", "prune-logs", "--inline", "--yes", "--json"],
         env=released.process_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,

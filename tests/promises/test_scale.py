@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Barrier
 from typing import Any
 from uuid import UUID, uuid4
 
-import pytest
 import sqlalchemy as sa
 
 from tasks.prune_logs import PruneLogs
 from tests.conftest import ROOT, Deployment
 from worker import audit, ledger, ledger_shards
 from worker.job import Shard
+from worker.nullstore import NullStore
 from worker.operations import Operations
 from worker.plans import Tally
 from worker.runner import Outcome
@@ -208,7 +212,22 @@ def test_large_receipts_are_read_a_few_at_a_time(released: Deployment) -> None:
 def test_rows_that_the_database_packs_small_fit_in_memory(released: Deployment) -> None:
     """Text of one letter takes a hundredth in the table, and its full length in a line of the archive."""
     released.query("UPDATE activity_log SET details = jsonb_build_object('x', repeat('x', 150000))")
-    assert _peak(released, "run", "prune-logs", "--older-than", "100d", "--inline", "--yes") < MOST_MEMORY
+    # Half of that is the program itself.
+    assert _peak(released, "run", "prune-logs", "--older-than", "100d", "--inline", "--yes") < MOST_MEMORY * 2 // 3
+
+
+def test_a_rehearsals_store_gives_each_thread_its_own_object_back() -> None:
+    """The objects of a batch are stored several at a time, and each is read back by whoever wrote it."""
+    store, written = NullStore(), Barrier(2)
+
+    def stored(key: str) -> bytes:
+        body = key.encode()
+        store.put(key, io.BytesIO(body), sha256=hashlib.sha256(body).hexdigest())
+        written.wait(10)
+        return b"".join(store.read(key))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(stored, ("one", "two"))) == [b"one", b"two"]
 
 
 def test_a_bite_of_rows_of_thousands_of_companies_fits_in_memory(released: Deployment) -> None:
@@ -219,19 +238,6 @@ def test_a_bite_of_rows_of_thousands_of_companies_fits_in_memory(released: Deplo
         "SELECT (SELECT plugin_id FROM plugin_logs LIMIT 1), id, 'm', now() - interval '200 days' FROM companies"
     )
     assert _peak(released, code=_REHEARSAL) < MOST_MEMORY
-
-
-def test_a_transaction_takes_as_long_as_its_statements(released: Deployment) -> None:
-    """A database that ends long transactions (PostgreSQL 17) would end each look at a large table, ever again."""
-    name = released.environment["DATABASE_URL"].rpartition("/")[2]
-    (version,) = released.query("SELECT current_setting('server_version_num')::int")[0]
-    if version < 170_000:
-        pytest.skip("PostgreSQL has no such setting before 17")
-    released.query(f"ALTER DATABASE {name} SET transaction_timeout = '300ms'")
-    released.operations.close()
-    with released.operations.transaction(read_only=True) as connection:
-        connection.exec_driver_sql("SELECT pg_sleep(0.5)")
-        assert connection.exec_driver_sql("SHOW transaction_timeout").scalar() == "0"
 
 
 def test_a_list_of_runs_of_very_many_companies_fits_in_memory(released: Deployment) -> None:

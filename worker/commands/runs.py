@@ -81,10 +81,7 @@ def stop(run: str, as_json: bool) -> None:
     """Stop a run after the bites in flight. What is done stays done; `resume` goes on from there."""
     from worker.config import Need
 
-    deployment = common.operations(Need.SIGNING)
-    told = deployment.tell_to_stop(run)
-    with common.told_to_stop(told):
-        found = deployment.end_stopped(told)
+    found = common.operations(Need.SIGNING).stop(run, told=common.told_to_stop)
     if as_json:
         common.print_json({"run": str(found.id), "state": found.state.value})
     else:
