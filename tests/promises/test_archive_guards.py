@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from uuid import uuid4
 
 import pytest
+import sqlalchemy as sa
 
 from tests.conftest import Deployment
 from tests.promises.board import Board
@@ -321,3 +324,30 @@ def test_the_first_guard_counts_a_task_that_several_hold(released: Deployment) -
     for statement in (*_CASES["harness"].on, *_CASES["open child"].on, *_CASES["run by issueId"].on):
         board.sql(statement, **names)
     assert board.left() == {"run_live": 1}
+
+
+def test_many_ended_tasks_below_one_are_looked_at_once_each(released: Deployment) -> None:
+    """The planner expects as many below any: it must not scan them, or make room for them, at each of them."""
+    board, many = Board(deployment=released), 2_000
+    (task,) = board.tasks(1)
+    board.sql(
+        "INSERT INTO issues (company_id, title, parent_id, status, completed_at) SELECT %(company)s, 'child', "
+        "%(task)s, 'done', now() FROM generate_series(1, %(many)s)",
+        task=task,
+        many=many,
+    )
+    board.sql("ANALYZE issues")
+    (keep,) = (one for one in LAYOUTS["paperclip"].tasks.keeps if one.reason == "open_below")
+    query = sa.select(sa.func.count()).select_from(LAYOUTS["paperclip"].tasks.table).where(~keep.rows)
+    text = query.compile(dialect=released.operations.engine.dialect, compile_kwargs={"literal_binds": True})
+    with released.operations.engine.connect() as connection:
+        explained = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {text}").scalar_one()
+    nodes = list(_nodes(explained[0]["Plan"]))
+    assert sum(one["Actual Rows"] * one["Actual Loops"] for one in nodes if "Relation Name" in one) < 6 * many
+    assert {one["Plan Rows"] < 10_000 for one in nodes if one["Node Type"] == "Recursive Union"} == {True}
+
+
+def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for one in plan.get("Plans", ()):
+        yield from _nodes(one)
