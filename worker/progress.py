@@ -18,14 +18,21 @@ _LOOK_EVERY = 0.3
 # A database that restarts is back well within this; a longer absence ends the following, never the run.
 _PATIENCE = 60.0
 _ANCHORED_WITHIN = 3.0
+# A worker that has nothing else in hand takes a run up within a moment.
+_TAKEN_UP_WITHIN = 10.0
+_NOT_TAKEN_UP = "no worker has taken it up; start one with `paperclip-worker worker`"
 
 
-def follow(deployment: Operations, run: UUID, *, show: bool, leave: Callable[[], bool]) -> bool:
+def follow(
+    deployment: Operations, run: UUID, *, show: bool, leave: Callable[[], bool], tell: Callable[[str], None]
+) -> bool:
     """Return once the run has settled, or False when `leave` says so.
 
+    Without a bar (`show`) it tells once that no worker takes the run up: a script would wait and not know for what.
     Raises DatabaseGone when the database stays away for a minute.
     """
     bar, task = _bar() if show else (None, None)
+    told = show
     started = gone_since = time.monotonic()
     if bar:
         bar.start()
@@ -39,9 +46,12 @@ def follow(deployment: Operations, run: UUID, *, show: bool, leave: Callable[[],
                     raise
                 time.sleep(1)
                 continue
+            if state is State.QUEUED and time.monotonic() - started > _TAKEN_UP_WITHIN:
+                note = _NOT_TAKEN_UP
+                if not told:
+                    tell(f"run {run}: {note}")
+                    told = True
             if bar and task is not None:
-                if state is State.QUEUED and time.monotonic() - started > 5:
-                    note = "no worker has taken it; start one with `paperclip-worker worker`"
                 bar.update(task, completed=done, total=planned, description=state.value, note=note)
             if state in SETTLED:
                 _await_anchor(deployment, run)

@@ -128,6 +128,19 @@ def test_ctrl_c_leaves_an_inline_run_after_the_batch_and_says_how_it_stands(rele
     check_kept(released, released.operations.find(run).id, before)
 
 
+def test_a_script_is_told_that_no_worker_takes_its_run_up(released: Deployment) -> None:
+    with _started(released, *PRUNE, "--yes", "--json") as process:
+        assert process.stderr is not None
+        told = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    found = json.loads(out)
+    assert told == (
+        f"paperclip-worker: run {found['run']}: no worker has taken it up; start one with `paperclip-worker worker`\n"
+    )
+    assert (process.returncode, found["state"], err.count("\n")) == (0, "queued", 1)
+
+
 def test_a_second_ctrl_c_cuts_the_batch_off_and_it_is_rolled_back(released: Deployment) -> None:
     before = rows(released)
     with psycopg.connect(released.environment["DATABASE_URL"]) as holder:

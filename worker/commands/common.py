@@ -207,7 +207,13 @@ def follow(deployment: Operations, run: UUID, *, leave: Callable[[], bool] = lam
 
     with _ctrl_c() as asked:
         try:
-            return wait(deployment, run, show=terminal(sys.stderr), leave=lambda: asked() or leave())
+            return wait(
+                deployment,
+                run,
+                show=terminal(sys.stderr),
+                leave=lambda: asked() or leave(),
+                tell=lambda what: click.echo(f"paperclip-worker: {what}", err=True),
+            )
         except KeyboardInterrupt:
             return False
 
