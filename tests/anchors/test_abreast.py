@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
+import psycopg
 import pytest
 from botocore.exceptions import EndpointConnectionError
 
@@ -21,7 +22,7 @@ from tests.cli.helpers import INLINE, begin, complete, keys, refused, start, wor
 from tests.conftest import Deployment
 from tests.faults.evidence import check_anchored, rows
 from tests.promises.archived import half
-from worker import anchors, app, audit, timetable
+from worker import anchors, app, audit, embedded, timetable
 from worker.errors import Refused, StorageFault
 from worker.operations import Operations
 from worker.runner import Outcome
@@ -107,6 +108,41 @@ def test_a_run_under_way_goes_no_further(released: Deployment, back_up: BackUp, 
     # Its receipt waits for the new prefix, and the old one is left as it was.
     assert (result["receipt"]["seq"], result["anchor"]) == (1, None)
     released.cli("receipts", "verify", "--anchors")
+
+
+def test_a_database_that_is_restored_below_a_worker_is_noticed_once_its_connection_breaks(
+    released: Deployment, back_up: BackUp, servers: embedded.Embedded
+) -> None:
+    """Within one slice, which may be of hours where the command is the worker."""
+    run = begin(released)
+    back = back_up(released)
+    complete(released, table=EVENTS, archive=False)
+    names = [one.environment["DATABASE_URL"].rpartition("/")[2] for one in (released, back)]
+    small = released.with_settings(bite_rows="50")
+    puts = itertools.count()
+
+    def restore(operation: str) -> None:
+        # In the midst of a bite.
+        if operation == "PutObject" and next(puts) == 2:
+            _swap(servers, *names)
+
+    before = rows(back)
+    with _heard(small, restore), pytest.raises(Refused, match=LACKS.format(1)):
+        _work(small, run)
+    assert (small.result(run)["state"], rows(released)) == ("failed", before)
+    _swap(servers, *names)
+
+
+def _swap(servers: embedded.Embedded, live: str, other: str) -> None:
+    """Give each of two databases the other's name; whoever is connected is cut off."""
+    with psycopg.connect(servers.environment()["DATABASE_URL"], autocommit=True) as admin:
+        for name in (live, other):
+            admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false".encode())
+            admin.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", (name,))
+        for old, new in ((live, "swapped"), (other, live), ("swapped", other)):
+            admin.execute(f"ALTER DATABASE {old} RENAME TO {new}".encode())
+        for name in (live, other):
+            admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
 
 
 def test_workers_and_beat_s_launches_are_refused_in_the_log_and_due_times_count_as_missed(
