@@ -292,7 +292,8 @@ def standing(
     _admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(source)))
     environment = {
         **servers.environment(name),
-        "PAPERCLIP_WORKER_S3_PREFIX": f"{name}/",
+        # Where tests of several modules take turns, the next of that name must not find the receipts of this one.
+        "PAPERCLIP_WORKER_S3_PREFIX": f"{name}-{next(_numbers)}/",
         "PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(signing_key),
     }
     # boto3 finds credentials by its own chain.

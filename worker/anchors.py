@@ -204,6 +204,16 @@ def says(head: bytes, receipt: Receipt) -> bool:
     return found.body.encode() == canonical.encode({**head_facts(receipt), "signer": found.signer})
 
 
+def named(head: bytes) -> tuple[int, str] | None:
+    """The receipt that a head names, by number and hash, whoever signed it; None for other bytes."""
+    try:
+        found = json.loads(Signed.decode(head).body)
+        seq, digest = found["seq"], found["hash"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return (seq, digest) if isinstance(seq, int) and isinstance(digest, str) else None
+
+
 def _tampered(key: str) -> AnchorTampered:
     return AnchorTampered(
         f"{key}: the bucket holds something else under this name; is the prefix another deployment's?"
@@ -216,7 +226,7 @@ def _receipts(engine: sa.Engine, settings: Settings, *, every: bool) -> Iterator
     what = sa.select(RECEIPTS, before.c.hash.label("before"))
     what = what.join(before, before.c.seq == RECEIPTS.c.seq - 1, isouter=True).order_by(RECEIPTS.c.seq).limit(_SLICE)
     if not every:
-        what = what.where(_pending())
+        what = what.where(is_pending())
     after = 0
     while True:
         with _transaction(engine, settings) as connection:
@@ -236,7 +246,8 @@ def _now(engine: sa.Engine, settings: Settings) -> datetime:
         return found
 
 
-def _pending() -> sa.ColumnElement[bool]:
+def is_pending() -> sa.ColumnElement[bool]:
+    """Whether a receipt is in the database only, as far as that knows."""
     return ~sa.exists().where(ANCHORS.c.seq == RECEIPTS.c.seq, ANCHORS.c.key == KEY)
 
 
@@ -264,7 +275,7 @@ def of(connection: sa.Connection, seqs: Collection[int]) -> dict[int, Anchor]:
 
 def pending(connection: sa.Connection) -> int:
     """How many receipts are in the database only."""
-    query = sa.select(sa.func.count()).select_from(RECEIPTS).where(_pending())
+    query = sa.select(sa.func.count()).select_from(RECEIPTS).where(is_pending())
     return connection.execute(query).scalar_one()
 
 

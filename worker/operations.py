@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import anchors, archive, audit, db, layouts, ledger, ledger_shards, params, registry
+from worker import abreast, anchors, archive, audit, db, layouts, ledger, ledger_shards, params, registry
 from worker.errors import Refused, Unheard
 from worker.job import REHEARSAL, Job, Overdue
 from worker.means import Means
@@ -73,6 +73,10 @@ class Operations:
                 f"the database's clock is {ahead.days} days ahead of this machine's; put right whichever is wrong, "
                 "for rows and keys have their ages by the database's"
             )
+
+    def _require_abreast(self) -> None:
+        """Refused where the bucket has receipts that the ledger lacks: holds and policies may have gone with them."""
+        abreast.require(partial(self.transaction, read_only=True), self.store)
 
     def require_ledger(self) -> UUID:
         """Which ledger the deployment has. Refused where it has none of this release, or not any more."""
@@ -139,6 +143,7 @@ class Operations:
         self._require_clock()
         with self._checked(job, now) as means:
             job.admit(means)
+        self._require_abreast()
         try:
             with self._entering() as connection:
                 ledger.require(connection)
@@ -219,10 +224,11 @@ class Operations:
         """
         self.runner()
         run = self.find(name)
+        if run.state not in ACTIVE | RESUMABLE:
+            raise Refused(f"run {run.id} is {run.state}; only a stopped or failed run can be resumed")
+        self._require_abreast()
         if run.state in ACTIVE:
             return run
-        if run.state not in RESUMABLE:
-            raise Refused(f"run {run.id} is {run.state}; only a stopped or failed run can be resumed")
         job = params.from_json(registry.job(run.job), run.params)
         with self._checked(job, run.now, run=run.id) as means:
             objects = ledger_shards.objects(means.connection, run.id)
@@ -277,12 +283,16 @@ class Operations:
         }
 
     def anchor(self, *, every: bool = False) -> list[Anchor]:
-        """Write pending receipts to the bucket, with `every` all of them again; those written."""
+        """Write pending receipts to the bucket, with `every` all of them again; those written.
+
+        Refused, and nothing is written, where the bucket has others.
+        """
         if self.store is None or self.settings.signing_key_file is None:
             raise Refused("PAPERCLIP_WORKER_S3_BUCKET and PAPERCLIP_WORKER_SIGNING_KEY_FILE must be set")
         with self.transaction(read_only=True) as connection:
             ledger.require(connection)
         signer = audit.Signer.load(self.settings.signing_key_file)
+        self._require_abreast()
         return anchors.write(self.settings, self.engine, self.store, signer, every=every)
 
     def stalled(self) -> list[Run]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from worker import (
+    abreast,
     anchors,
     audit,
     db,
@@ -43,6 +44,8 @@ MOST_FAULTS = 10
 _LONGEST_REST = 5.0
 # A settlement waits for the bucket no longer than for so many receipts; the next, or the rescue, has the rest.
 MOST_ANCHORED = 200
+# What changes rows, or leads there. A run that was told to stop ends whatever the bucket has.
+_GOING_ON = ACTIVE - {State.STOPPING}
 
 
 class Outcome(Enum):
@@ -64,6 +67,7 @@ class Runner:
         self._store = store
         self._signer = audit.Signer.load(settings.signing_key_file)
         self._bites = Bites(settings, transaction=self._transaction, means=self._means)
+        self._abreast = False
         self._faulty: UUID | None = None
         self._faults = 0
 
@@ -82,6 +86,7 @@ class Runner:
         """
         until = time.monotonic() + seconds
         self._bites.leave()
+        self._abreast = False
         if self._faulty != run:
             self._faulty, self._faults = run, 0
         while True:
@@ -94,6 +99,8 @@ class Runner:
             except Transient as fault:
                 # Counted beyond this slice: a store that hangs outlasts one.
                 self._faults, outcome = self._faults + 1, None
+                # The database may be another one now.
+                self._abreast = False
                 self._after_fault(run, fault, self._faults)
             except WorkerError as error:
                 self.give_up(run, str(error))
@@ -120,6 +127,10 @@ class Runner:
             run = ledger.get(connection, run_id)
         if run is None:
             raise Refused(f"there is no run {run_id}")
+        if run.state in _GOING_ON and not self._abreast:
+            # Not at each bite: it asks the bucket.
+            abreast.require(self._transaction, self._store)
+            self._abreast = True
         if run.state is State.QUEUED:
             return self._open(run_id, call_help)
         if run.state is State.RUNNING:
@@ -247,6 +258,8 @@ class Runner:
         if self._store is None:
             return
         try:
+            # A copy of the database, in a drill as well, must not take the names that the first has yet to give.
+            abreast.require(self._transaction, self._store)
             anchors.write(self._settings, self._engine, self._store, self._signer, most=MOST_ANCHORED)
         except WorkerError as fault:
             log.warning("receipts not anchored", fault=type(fault).__name__, why=str(fault))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +51,21 @@ def on(deployment: Deployment, **values: str) -> Deployment:
     operations = Operations(config.load(environment))
     deployment.opened.append(operations)
     return replace(deployment, environment=environment, operations=operations)
+
+
+@pytest.fixture
+def back_up(fresh_database: Callable[..., str]) -> Callable[[Deployment], Deployment]:
+    """A function that copies a deployment's database as it is now; the deployment as if restored from that."""
+
+    def copy(deployment: Deployment) -> Deployment:
+        for operations in deployment.opened:
+            operations.close()
+        url = fresh_database(deployment.environment["DATABASE_URL"].rpartition("/")[2])
+        environment = deployment.environment | {"DATABASE_URL": url}
+        deployment.opened.append(Operations(config.load(environment)))
+        return replace(deployment, environment=environment, operations=deployment.opened[-1])
+
+    return copy
 
 
 @pytest.fixture

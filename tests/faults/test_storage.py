@@ -53,7 +53,7 @@ def _from(
 
     def decide(asked: str, path: str) -> Fault | None:
         nonlocal seen
-        if asked != method or not path.partition("?")[0].endswith(ending):
+        if asked != method or "/heads/" in path or not path.partition("?")[0].endswith(ending):
             return None
         seen += 1
         return fault if number <= seen < number + most else None
