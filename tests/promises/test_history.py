@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from tasks.prune_logs import PruneLogs
 from tests.conftest import Deployment
+from tests.contract.test_upgrade import _make as make_ledger
 from tests.faults.evidence import begin, check_sums
 from worker import ledger, ledger_shards, metrics, progress, retention, standing, sums, timetable
 from worker.errors import Refused
@@ -63,13 +64,13 @@ def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from _nodes(below)
 
 
-def _settled(deployment: Deployment) -> None:
+def _settled(deployment: Deployment, *, more: str = ", in_sums", said: str = ", true") -> None:
     """A thousand runs of an entry, of forty shards each, all of which are over."""
     deployment.query(
         "INSERT INTO paperclip_worker.runs "
-        "(id, job, params, exclusion, layout, state, now, actor, via, waits, created_at, settled_at, in_sums) "
+        f"(id, job, params, exclusion, layout, state, now, actor, via, waits, created_at, settled_at{more}) "
         "SELECT md5('r' || n)::uuid, 'prune-logs', '{}', 'x', 'paperclip', 'kept', now(), 'a', "
-        "'schedule:prune-activity-log', '{\"replica_lag\": 2}', at, at + interval '9 s', true "
+        f"'schedule:prune-activity-log', '{{\"replica_lag\": 2}}', at, at + interval '9 s'{said} "
         "FROM (SELECT n, now() - n * interval '1 hour' AS at FROM generate_series(1, 1000) n) made"
     )
     deployment.query(
@@ -174,6 +175,19 @@ def test_a_scrape_and_a_list_read_nothing_of_what_is_over(released: Deployment) 
     assert max(read.values()) < FEW, read
 
 
+def test_nor_does_a_scrape_after_an_upgrade(
+    fresh_database: Callable[..., str], make_deployment: Callable[..., Deployment]
+) -> None:
+    """The server knows nothing yet of what is new, and may never look: few runs change in a day."""
+    deployment = make_deployment(fresh_database(), "paperclip")
+    make_ledger(deployment.operations.engine, "0006")
+    _settled(deployment, more="", said="")
+    _tidied(deployment)
+    ledger.init(deployment.operations.engine)
+    assert _read(deployment, sums.read) < FEW
+    assert {one.amount for one in _sums(deployment) if one.kind == "runs"} == {1_000}
+
+
 @pytest.mark.parametrize("name", ["0", "00000000-0000-4000-8000-00000000000", "ABCDEF", "abcdef01-2345"])
 def test_a_run_is_found_by_the_start_of_its_id(released: Deployment, name: str) -> None:
     whole = name.lower() + "00000000-0000-4000-8000-000000000001"[len(name) :]
@@ -190,10 +204,14 @@ def test_a_run_is_found_by_the_start_of_its_id(released: Deployment, name: str) 
             released.operations.find(other)
 
 
+def _sums(deployment: Deployment) -> list[sums.Sum]:
+    with deployment.operations.transaction(read_only=True) as connection:
+        return sums.read(connection)
+
+
 def _counted(deployment: Deployment) -> dict[str, float]:
     """Every counter, however it is labelled."""
-    with deployment.operations.transaction(read_only=True) as connection:
-        found = sums.read(connection)
+    found = _sums(deployment)
     counters = [*metrics._work(found), metrics._rests(found), metrics._run_seconds(found)]
     return {f"{one.name}{one.labels}": one.value for family in counters for one in family.samples}
 
