@@ -29,6 +29,17 @@ FEW = 100
 
 def _read(deployment: Deployment, act: Act) -> float:
     """The blocks, or where these are more the rows of runs and shards, that the statements of an act look at."""
+    plans = _plans(deployment, act)
+    blocks: float = sum(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] for plan in plans)
+    of_ours = [node for plan in plans for node in _nodes(plan) if node.get("Relation Name") in {"runs", "shards"}]
+    rows: float = sum(
+        (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"] for node in of_ours
+    )
+    return max(blocks, rows)
+
+
+def _plans(deployment: Deployment, act: Act) -> list[dict[str, Any]]:
+    """How the server carries out what an act asks of runs and shards."""
     found: list[tuple[str, Any]] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
@@ -42,14 +53,8 @@ def _read(deployment: Deployment, act: Act) -> float:
             act(connection)
         finally:
             sa.event.remove(engine, "before_cursor_execute", note)
-        plans = [_plan(connection, *one) for one in found]
-    assert plans
-    blocks: float = sum(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] for plan in plans)
-    of_ours = [node for plan in plans for node in _nodes(plan) if node.get("Relation Name") in {"runs", "shards"}]
-    rows: float = sum(
-        (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"] for node in of_ours
-    )
-    return max(blocks, rows)
+        assert found
+        return [_plan(connection, *one) for one in found]
 
 
 def _plan(connection: sa.Connection, statement: str, parameters: Any) -> dict[str, Any]:
@@ -185,6 +190,8 @@ def test_nor_does_a_scrape_after_an_upgrade(
     _tidied(deployment)
     ledger.init(deployment.operations.engine)
     assert _read(deployment, sums.read) < FEW
+    (plan,) = _plans(deployment, sums.read)
+    assert max(node["Plan Rows"] for node in _nodes(plan) if node.get("Relation Name") == "runs") < FEW
     assert {one.amount for one in _sums(deployment) if one.kind == "runs"} == {1_000}
 
 
