@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # What a role may do with the tables of the ledger besides reading them. The evidence is append-only even for the
 # worker itself.
 _APPENDED = ("bites", "objects", "policies", "receipts", "anchors")
-_ENTERED = ("runs", "shards", "holds", "archived_tasks", "entries", "backlog")
+_ENTERED = ("runs", "shards", "holds", "archived_tasks", "entries", "backlog", "sums")
 _COUNTED = ("chain",)
 _KEYS = ("rotations", "master_keys")
 # Ciphertext made ready for a cut-over, and forgotten after it.

@@ -16,9 +16,10 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.dialects.postgresql import JSONB
 
+from worker import sums
 from worker.errors import Refused, UnderWay
 from worker.ledger_schema import OBJECTS, RUNS, SCHEMA, SHARDS, VERSION, identity, init, require
-from worker.states import ACTIVE, STEPS, State
+from worker.states import ACTIVE, SETTLED, STEPS, State
 
 if TYPE_CHECKING:
     from worker.plans import Plan
@@ -111,11 +112,21 @@ def find(connection: sa.Connection, name: str, *, brief: bool = False) -> Run:
     if name == "last":
         rows = connection.execute(query.limit(1)).all()
     else:
-        text = sa.cast(RUNS.c.id, sa.Text)
-        rows = connection.execute(query.where(text.startswith(name.lower(), autoescape=True))).all()
+        rows = connection.execute(query.where(_starts(name.lower()))).all()
     if len(rows) != 1:
         raise Refused(f"{len(rows) or 'no'} run{'s have' if rows else ' has'} an id that starts with {name!r}")
     return _run(rows[0])
+
+
+def _starts(name: str) -> sa.ColumnElement[bool]:
+    """Whether the id of a run starts so, by its index."""
+    ends = [name + str(UUID(int=bound))[len(name) :] for bound in (0, (1 << 128) - 1)]
+    try:
+        first, last = map(UUID, ends)
+    except ValueError:
+        return sa.false()
+    # Python takes an id also without dashes, or in braces.
+    return RUNS.c.id.between(first, last) if [str(first), str(last)] == ends else sa.false()
 
 
 def get(connection: sa.Connection, run: UUID, *, hold: bool = False) -> Run | None:
@@ -141,7 +152,7 @@ def _select(*, brief: bool = False) -> sa.Select[Any]:
     columns = [
         none.label(column.name) if brief and column.name in {"findings", "left_rows"} else column
         for column in RUNS.c
-        if column.name != "plan"
+        if column.name not in {"plan", "in_sums"}
     ]
     return sa.select(*columns, RUNS.c.plan.is_not(None).label("laid_out"))
 
@@ -154,8 +165,12 @@ def step(connection: sa.Connection, run: Run, to: State, **values: Any) -> None:
     """Move a held run to another state. A step the table does not have is a fault of ours (ValueError)."""
     if to not in STEPS[run.state]:
         raise ValueError(f"a run cannot go from {run.state} to {to}")
+    if run.state in SETTLED:
+        sums.take_out(connection, run.id)
     values |= {"state": to, "rescues": 0, "touched_at": sa.func.clock_timestamp()}
     connection.execute(sa.update(RUNS).where(RUNS.c.id == run.id).values(values))
+    if to in SETTLED:
+        sums.add(connection, run.id)
 
 
 def reopen(connection: sa.Connection, run: Run) -> None:

@@ -12,7 +12,7 @@ from worker import db
 from worker.errors import LedgerMissing
 
 SCHEMA = "paperclip_worker"
-VERSION = "0006"
+VERSION = "0007"
 
 _meta = sa.MetaData(schema=SCHEMA)
 
@@ -31,6 +31,7 @@ RUNS = sa.Table(
     *(_c(name, JSONB(none_as_null=True)) for name in ("params", "plan", "findings", "left_rows", "waits")),
     *(_c(name, sa.BigInteger) for name in ("sweep", "planned_rows", "rescues")),
     *(_c(name, _TIME) for name in ("now", "created_at", "touched_at", "settled_at")),
+    _c("in_sums", sa.Boolean),
 )
 SHARDS = sa.Table(
     "shards",

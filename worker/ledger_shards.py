@@ -33,7 +33,7 @@ class HeldShard:
 
 
 def add_shards(connection: sa.Connection, run: UUID, sweep: int, shards: Iterable[Shard]) -> int:
-    """Lay out a sweep's shards; how many there are."""
+    """Lay out a sweep's shards, numbered in the order of their stages; how many there are."""
     rows = [
         {
             "run_id": run,
@@ -44,7 +44,7 @@ def add_shards(connection: sa.Connection, run: UUID, sweep: int, shards: Iterabl
             "planned_rows": shard.rows,
             "spec": dict(shard.spec),
         }
-        for number, shard in enumerate(shards)
+        for number, shard in enumerate(sorted(shards, key=lambda shard: shard.stage))
     ]
     if rows:
         connection.execute(sa.insert(SHARDS), rows)
@@ -169,8 +169,8 @@ def earliest(connection: sa.Connection, run: Run) -> int:
 
 
 def no_bite_in_flight(connection: sa.Connection, run: UUID) -> bool:
-    """Whether this transaction now holds every shard of the run, so that its tally is final."""
-    rows = sa.select(SHARDS.c.number).where(SHARDS.c.run_id == run)
+    """Whether this transaction now holds every shard that a bite could hold, so that the run's tally is final."""
+    rows = sa.select(SHARDS.c.number).where(SHARDS.c.run_id == run, ~SHARDS.c.done)
     held = connection.execute(rows.with_for_update(skip_locked=True)).all()
     if len(held) < len(connection.execute(rows).all()):
         return False
@@ -193,9 +193,11 @@ def tally(connection: sa.Connection, run: UUID) -> Tally:
 
 def stage(connection: sa.Connection, run: UUID) -> str | None:
     """The stage a run is in, where it has more than one; None when all of them are done."""
-    staged = sa.exists().where(SHARDS.c.run_id == run, SHARDS.c.stage != 0)
-    shards = sa.select(SHARDS.c.key).where(SHARDS.c.run_id == run, ~SHARDS.c.done, staged)
-    key = connection.scalar(shards.order_by(SHARDS.c.sweep.desc(), SHARDS.c.stage, SHARDS.c.number).limit(1))
+    # Of the last shard laid out: none has a later one.
+    latest = sa.select(SHARDS.c.stage).where(SHARDS.c.run_id == run)
+    latest = latest.order_by(SHARDS.c.sweep.desc(), SHARDS.c.number.desc()).limit(1)
+    shards = sa.select(SHARDS.c.key).where(SHARDS.c.run_id == run, ~SHARDS.c.done, latest.scalar_subquery() != 0)
+    key = connection.scalar(shards.order_by(SHARDS.c.sweep, SHARDS.c.stage, SHARDS.c.number).limit(1))
     return None if key is None else key.partition(":")[0]
 
 

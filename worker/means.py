@@ -69,10 +69,6 @@ class Means:
         """The legal holds in force in this transaction."""
         return self.rules.holds(holds.in_force(self.connection))
 
-    @cached_property
-    def _policies(self) -> list[Policy]:
-        return self.rules.policies(retention.versions(self.connection))
-
     def cutoffs(self, table: str, *, asked: timedelta | None, default: timedelta) -> Cutoffs:
         """The moments before which rows of a table are old. Refused when a policy is not within the settings."""
         if asked is not None:
@@ -93,7 +89,16 @@ class Means:
         return then if now == then else {**then, "at_end": now}
 
     def _policies_of(self, table: str) -> list[Policy]:
-        return [one for one in self._policies if one.table == table]
+        found = self._policies.get(table)
+        if found is None:
+            counting = retention.counting(self.connection, table, now=self.now)
+            found = [one for one in self.rules.policies(counting) if one.table == table]
+            self._policies[table] = found
+        return found
+
+    @cached_property
+    def _policies(self) -> dict[str, list[Policy]]:
+        return {}
 
     def rows(
         self, what: Records, *, cutoffs: Cutoffs, companies: tuple[UUID, ...], keeps: tuple[Keep, ...]

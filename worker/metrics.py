@@ -20,20 +20,18 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from worker import anchors, backlog, ledger, registry, standing
+from worker import anchors, backlog, ledger, registry, standing, sums
 from worker.errors import Refused
-from worker.ledger import RUNS, SHARDS
 from worker.logs import log
 from worker.masterkeys import MASTER_KEYS
-from worker.states import FINAL, State
+from worker.states import State
+from worker.sums import Sum
 
 if TYPE_CHECKING:
     from worker.operations import Operations
     from worker.timetable import Timetable
 
 _PREFIX = "paperclip_worker_"
-# Seconds: from a run that finds nothing to one that works through a first backlog.
-_BUCKETS = (1, 10, 60, 300, 900, 3_600, 14_400, 86_400)
 
 
 class LedgerCollector(Collector):
@@ -52,12 +50,13 @@ class LedgerCollector(Collector):
         now = datetime.now(UTC)
         with self._operations.transaction(read_only=True) as connection:
             ledger.require(connection)
+            found = sums.read(connection)
             yield from [
                 _up(read=True),
-                _runs(connection),
-                _run_seconds(connection),
-                *_work(connection),
-                _rests(connection),
+                _runs(found),
+                _run_seconds(found),
+                *_work(found),
+                _rests(found),
                 *_master_keys(connection),
                 GaugeMetricFamily(
                     "paperclip_worker_receipts_not_anchored",
@@ -93,12 +92,9 @@ def _up(*, read: bool) -> Metric:
     )
 
 
-def _runs(connection: sa.Connection) -> Metric:
-    rows = connection.execute(
-        sa.select(RUNS.c.job, RUNS.c.state, sa.func.count()).group_by(RUNS.c.job, RUNS.c.state)
-    ).all()
+def _runs(found: list[Sum]) -> Metric:
     family = GaugeMetricFamily(_PREFIX + "runs", "Runs in the ledger", labels=["job", "state"])
-    seen = {(job, State(state)): number for job, state, number in rows}
+    seen = {(one.job, one.state): one.amount for one in found if one.kind == "runs"}
     # Also of jobs that never ran: an alert sees a number grow only where there was one before.
     for job in sorted({job for job, _ in seen} | set(registry.jobs())):
         for state in State:
@@ -106,58 +102,47 @@ def _runs(connection: sa.Connection) -> Metric:
     return family
 
 
-def _run_seconds(connection: sa.Connection) -> Metric:
+def _per_job(found: list[Sum], kind: str) -> dict[str, dict[str, int]]:
+    """By job and part what there is of a kind, whatever the state of the runs."""
+    amounts: dict[str, dict[str, int]] = {}
+    for one in found:
+        if one.kind == kind:
+            of_job = amounts.setdefault(one.job, {})
+            of_job[one.part] = of_job.get(one.part, 0) + one.amount
+    return amounts
+
+
+def _run_seconds(found: list[Sum]) -> Metric:
     """A run's duration is that from its entering to its settlement: waits for a worker and rests are in it."""
-    seconds = sa.extract("epoch", RUNS.c.settled_at - RUNS.c.created_at)
-    within = [sa.func.count().filter(seconds <= bucket) for bucket in _BUCKETS]
-    rows = connection.execute(
-        sa.select(RUNS.c.job, sa.func.sum(seconds), sa.func.count(), *within)
-        # The duration of any other may still grow, and a counter must not shrink.
-        .where(RUNS.c.state.in_(FINAL))
-        .group_by(RUNS.c.job)
-        .order_by(RUNS.c.job)
-    )
     family = HistogramMetricFamily(
         _PREFIX + "run_seconds", "Seconds from entering to settlement of kept and unkept runs", labels=["job"]
     )
-    for job, total, count, *counts in rows:
-        buckets = [(str(float(bucket)), number) for bucket, number in zip(_BUCKETS, counts, strict=True)]
-        family.add_metric([job], [*buckets, ("+Inf", count)], float(total))
+    within = _per_job(found, "within")
+    for job, took in _per_job(found, "took").items():
+        buckets = [(str(float(bucket)), within[job][str(bucket)]) for bucket in sums.BUCKETS]
+        family.add_metric([job], [*buckets, ("+Inf", took["runs"])], took["microseconds"] / 1e6)
     return family
 
 
-def _work(connection: sa.Connection) -> Iterator[Metric]:
-    names = ("bites", "rows", "bytes", "microseconds")
-    rows = connection.execute(
-        sa.select(RUNS.c.job, *(sa.func.sum(SHARDS.c[name]).label(name) for name in names))
-        .join(SHARDS, SHARDS.c.run_id == RUNS.c.id)
-        .group_by(RUNS.c.job)
-        .order_by(RUNS.c.job)
-    ).all()
+def _work(found: list[Sum]) -> Iterator[Metric]:
+    work = _per_job(found, "work")
     kinds = {"bites": "Transactions committed", "rows": "Rows changed", "bytes": "Bytes of the rows changed"}
     for name, what in kinds.items():
         family = CounterMetricFamily(_PREFIX + name, what, labels=["job"])
-        for row in rows:
-            family.add_metric([row.job], float(row._mapping[name]))
+        for job, amounts in work.items():
+            family.add_metric([job], amounts[name])
         yield family
     seconds = SummaryMetricFamily(_PREFIX + "bite_seconds", "Seconds of the transactions committed", labels=["job"])
-    for row in rows:
-        seconds.add_metric([row.job], count_value=int(row.bites), sum_value=float(row.microseconds) / 1e6)
+    for job, amounts in work.items():
+        seconds.add_metric([job], count_value=amounts["bites"], sum_value=amounts["microseconds"] / 1e6)
     yield seconds
 
 
-def _rests(connection: sa.Connection) -> Metric:
-    each = sa.func.jsonb_each_text(RUNS.c.waits).table_valued("key", "value")
-    rows = connection.execute(
-        sa.select(RUNS.c.job, each.c.key, sa.func.sum(sa.cast(each.c.value, sa.BigInteger)))
-        .select_from(RUNS)
-        .join(each, sa.true())
-        .group_by(RUNS.c.job, each.c.key)
-        .order_by(RUNS.c.job, each.c.key)
-    )
+def _rests(found: list[Sum]) -> Metric:
     family = CounterMetricFamily(_PREFIX + "rest_seconds", "Seconds rested", labels=["job", "reason"])
-    for job, kind, seconds in rows:
-        family.add_metric([job, kind], float(seconds))
+    for job, reasons in _per_job(found, "rests").items():
+        for reason, seconds in reasons.items():
+            family.add_metric([job, reason], seconds)
     return family
 
 

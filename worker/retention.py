@@ -95,6 +95,20 @@ def versions(connection: sa.Connection, *, table: str | None = None) -> list[Pol
     return [_policy(row) for row in rows]
 
 
+def counting(connection: sa.Connection, table: str, *, now: datetime) -> list[Policy]:
+    """The versions that count for a run entered at `now`: for each company the newest, and that of then.
+
+    Each bite asks, and what was replaced before stays as evidence for good.
+    """
+    last = sa.func.max(POLICIES.c.version)
+    last_of_then = last.filter(POLICIES.c.created_at <= now)
+    last_ones = (one.over(partition_by=POLICIES.c.company) for one in (last, last_of_then))
+    is_one = sa.or_(*(POLICIES.c.version == one for one in last_ones)).label("counts")
+    found = sa.select(POLICIES, is_one).where(POLICIES.c.table == table).subquery()
+    rows = connection.execute(sa.select(*(found.c[column.name] for column in POLICIES.c)).where(found.c.counts))
+    return [_policy(row) for row in rows]
+
+
 def _policy(row: sa.Row[Any]) -> Policy:
     found = row._asdict()
     seconds = found.pop("keep_seconds")

@@ -6,13 +6,13 @@ operator started is none of the entry's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import distinct_on, insert
+from sqlalchemy.dialects.postgresql import insert
 
 from worker import params
 from worker.ledger import RUNS, SCHEMA
@@ -95,7 +95,7 @@ def planned(times: Timetable, *, now: datetime) -> list[Standing]:
 
 def standings(connection: sa.Connection, times: Timetable, *, now: datetime) -> list[Standing]:
     """Every entry with its last run and the due times it missed since that, or since the entry holds."""
-    last = _last(connection)
+    last = _last(connection, times.entries)
     since = {row.entry: row.since for row in connection.execute(sa.select(ENTRIES.c.entry, ENTRIES.c.since))}
     born = connection.execute(sa.select(CHAIN.c.born)).scalar_one()
     return [
@@ -131,11 +131,14 @@ def note(connection: sa.Connection, times: Timetable) -> None:
         connection.execute(entry.on_conflict_do_update(index_elements=["entry"], set_=values))
 
 
-def _last(connection: sa.Connection) -> Mapping[str, LastRun]:
-    newest = sa.select(RUNS.c.via, RUNS.c.id, RUNS.c.created_at, RUNS.c.state).ext(distinct_on(RUNS.c.via))
-    rows = connection.execute(
-        newest.where(RUNS.c.via.startswith(_ORIGIN)).order_by(RUNS.c.via, RUNS.c.created_at.desc())
-    )
+def _last(connection: sa.Connection, names: Iterable[str]) -> Mapping[str, LastRun]:
+    named = sa.func.unnest(sa.literal([origin(name) for name in names], sa.ARRAY(sa.Text)))
+    entries = named.table_valued(sa.Column("via", sa.Text)).render_derived()
+    # The last in the index up to the entry's own: for runs equal to it the planner goes back through all of them in
+    # the order of time, to the first where the entry never ran.
+    up_to = sa.select(RUNS.c.via, RUNS.c.id, RUNS.c.created_at, RUNS.c.state).where(RUNS.c.via <= entries.c.via)
+    last = up_to.order_by(RUNS.c.via.desc(), RUNS.c.created_at.desc()).limit(1).lateral("last")
+    rows = connection.execute(sa.select(last).join_from(entries, last, last.c.via == entries.c.via))
     return {
         via.removeprefix(_ORIGIN): LastRun(run=str(run), at=at, state=State(state)) for via, run, at, state in rows
     }

@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import schedules
 from tests.cli.helpers import INLINE, complete, refused
 from tests.conftest import Deployment
-from tests.faults.evidence import wait
-from worker import app, backlog, metrics, standing, timetable
+from tests.faults.evidence import begin, wait
+from worker import app, backlog, ledger, metrics, standing, timetable
 from worker.job import Job
 from worker.states import State
 from worker.timetable import Timetable
@@ -432,14 +432,18 @@ def test_durations_fall_into_buckets_and_only_of_runs_that_never_move_again(rele
 
 
 def test_rests_are_counted_by_reason(released: Deployment) -> None:
-    result = complete(released)
-    released.query(
-        'UPDATE paperclip_worker.runs SET waits = \'{"replica_lag": 7, "retained_wal": 2}\' WHERE id = %s::uuid',
-        result["run"],
-    )
-    found = _parse(released.cli("metrics").stdout)
-    assert _value(found, "rest_seconds_total", job="prune-logs", reason="replica_lag") == 7
-    assert _value(found, "rest_seconds_total", job="prune-logs", reason="retained_wal") == 2
+    """While it is under way as when it has settled."""
+    run = begin(released.operations)
+    with released.operations.transaction() as connection:
+        for kind, seconds in (("replica_lag", 7), ("retained_wal", 2)):
+            ledger.note_wait(connection, run, None, kind=kind, seconds=seconds)
+    for settled in (False, True):
+        if settled:
+            released.operations.runner().work(run, seconds=60)
+        found = _parse(released.cli("metrics").stdout)
+        assert _value(found, "runs", job="prune-logs", state="kept") == settled
+        assert _value(found, "rest_seconds_total", job="prune-logs", reason="replica_lag") == 7
+        assert _value(found, "rest_seconds_total", job="prune-logs", reason="retained_wal") == 2
 
 
 def test_metrics_of_a_database_without_a_ledger_are_refused(released: Deployment) -> None:

@@ -12,15 +12,17 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+import sqlalchemy as sa
 import zstandard
 
 from tasks.prune_logs import PruneLogs
 from tests.conftest import Deployment
-from worker import anchors, audit, books, ledger_shards, witness
+from worker import anchors, audit, books, ledger, ledger_shards, sums, witness
 from worker.errors import Transient
 from worker.job import Job
 from worker.operations import Operations
 from worker.runner import Outcome
+from worker.states import SETTLED
 from worker.storage import Store, read_digest
 
 Rows = Mapping[str, str]
@@ -89,6 +91,21 @@ def check_kept(deployment: Deployment, run: UUID, before: Rows, *, archive: bool
     _check_bites(deployment, run, len(gone))
     _check_receipts(deployment, run, counted)
     check_anchored(deployment)
+    check_sums(deployment)
+
+
+def check_sums(deployment: Deployment) -> None:
+    """What is summed of the runs that have settled, and the others, say what a look at every run says."""
+    outside = "SELECT count(*) FROM paperclip_worker.runs WHERE in_sums <> (state = ANY (%s))"
+    assert deployment.query(outside, list(SETTLED)) == [(0,)]
+    with deployment.operations.engine.connect() as connection:
+        kept = sums.read(connection)
+        connection.execute(sa.delete(sums.SUMS))
+        connection.execute(sa.update(ledger.RUNS).values(in_sums=False))
+        looked = sums.read(connection)
+        connection.rollback()
+    # Of a run that was taken up again nothing is left in the state that it had.
+    assert [one for one in kept if one.amount] == [one for one in looked if one.amount]
 
 
 def check_anchored(deployment: Deployment) -> None:
