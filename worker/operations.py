@@ -12,7 +12,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from worker import abreast, anchors, archive, audit, db, layouts, ledger, ledger_shards, params, registry
+from worker import abreast, anchors, archive, audit, db, layouts, ledger, ledger_shards, params, privileges, registry
 from worker.errors import Refused, Unheard
 from worker.job import REHEARSAL, Job, Overdue
 from worker.means import Means
@@ -142,6 +142,7 @@ class Operations:
         now = now or self.now()
         self._require_clock()
         with self._checked(job, now) as means:
+            privileges.require_on_ledger(means.connection)
             job.admit(means)
         self._require_abreast()
         try:

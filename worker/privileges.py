@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from worker import discovery, grants, ledger
-from worker.errors import LedgerMissing, Refused
+from worker.errors import Denied, LedgerMissing, Refused
 from worker.ledger import SCHEMA
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def lacking(connection: sa.Connection, job: type[Job], layout: Layout) -> list[s
     shut = list(connection.scalars(_SHUT, {"schema": SCHEMA}))
     found = [f"USAGE on schema {name}" for name in shut]
     if SCHEMA not in shut:
-        wanted = grants.on_ledger(keys=job.reads_everything)
-        found += [f"{verb} on {SCHEMA}.{name}" for verb, name in _lacking(connection, SCHEMA, wanted)]
+        found += _on_ledger(connection, keys=job.reads_everything)
         found = found or _ledger(connection)
     rights = [*grants.of_every_run(layout), *job.rights(layout)]
     host = ((right.verb, right.table.name, column) for right in rights for column in right.columns or (None,))
@@ -49,6 +48,16 @@ def lacking(connection: sa.Connection, job: type[Job], layout: Layout) -> list[s
     if not connection.scalar(sa.select(sa.func.pg_has_role(_STATS, "USAGE"))):
         found.append(_STATS)
     return found + (_unread(connection, layout) if job.reads_everything else [])
+
+
+def require_on_ledger(connection: sa.Connection) -> None:
+    """Denied where the role lacks a right on the ledger that every run needs: it would change rows and not settle."""
+    if lacking := _on_ledger(connection, keys=False):
+        raise Denied(f"the database role lacks {', '.join(lacking)}; have the owner run what `db grants` prints")
+
+
+def _on_ledger(connection: sa.Connection, *, keys: bool) -> list[str]:
+    return [f"{verb} on {SCHEMA}.{name}" for verb, name in _lacking(connection, SCHEMA, grants.on_ledger(keys=keys))]
 
 
 def _lacking(

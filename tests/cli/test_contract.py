@@ -551,6 +551,24 @@ def test_a_job_lacks_something_until_the_last_of_its_grants(released: Deployment
         assert privileges.lacking(connection, job, layout) == []
 
 
+def test_no_run_begins_that_could_not_be_entered_into_the_ledger_to_its_end(deployment: Deployment) -> None:
+    """After an upgrade without `db grants`: it would delete, and never settle."""
+    name = f"late_{deployment.environment['DATABASE_URL'].rpartition('/')[2]}"
+    url = urlsplit(deployment.environment["DATABASE_URL"])
+    deployment.query(f"CREATE ROLE {name} LOGIN PASSWORD 'pw'")
+    deployment.query(deployment.cli("db", "grants", "--role", name).stdout)
+    deployment.query(f"REVOKE INSERT, UPDATE ON paperclip_worker.sums FROM {name}")
+    late = {"DATABASE_URL": f"postgres://{name}:pw@{url.netloc.rpartition('@')[2]}{url.path}"}
+    before = world(deployment)
+    says = (
+        "lacks INSERT on paperclip_worker.sums, UPDATE on paperclip_worker.sums; have the owner run what `db grants`"
+    )
+    refused(deployment, *INLINE, says=says, env=late)
+    assert world(deployment) == before
+    deployment.query(f"GRANT INSERT, UPDATE ON paperclip_worker.sums TO {name}")
+    assert json.loads(deployment.cli(*INLINE, "--json", env=late).stdout)["kept"]
+
+
 def test_a_database_without_its_ledger_has_no_job_that_is_ready(released: Deployment) -> None:
     released.query("DROP SCHEMA paperclip_worker CASCADE")
     done = released.cli("db", "check", "--json", ok=False)
