@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -108,9 +108,8 @@ def transaction(
     done = False
     try:
         with translated(), on.connect() as connection, connection.begin():
-            _begin(connection, first, read_only=read_only)
             bounds = _bounds(lock=lock, statement=statement, read_only=read_only)
-            connection.execute(_BOUNDS, {**bounds, "lasting": lasting})
+            _begin(connection, first, bounds, read_only=read_only, lasting=lasting)
             yield connection
             done = not read_only
     except (DatabaseGone, KeyboardInterrupt) as cut:
@@ -123,14 +122,17 @@ def transaction(
         ) from cut
 
 
-def _begin(connection: sa.Connection, first: str | None, *, read_only: bool) -> None:
-    """What must come before the snapshot. DatabaseGone on a standby, unless it is only read."""
+def _begin(
+    connection: sa.Connection, first: str | None, bounds: Mapping[str, str], *, read_only: bool, lasting: bool
+) -> None:
+    """What a transaction begins with, in one message. DatabaseGone on a standby, unless it is only read."""
     # What the role or database has as its default does not count.
     statements = [] if read_only else ["SET TRANSACTION READ WRITE"]
-    # At once: who dies before the other bounds are set leaves what `first` locks to a server that waits for hours.
-    statements += [f"SET LOCAL idle_in_transaction_session_timeout = '{_IDLE}'", first] if first else []
-    if not statements:
-        return
+    # Before it takes the snapshot, and waits for a lock as long as that takes.
+    statements += [first] if first else []
+    # Session-wide SET would leak through a transaction-pooling proxy. One query that sets them all takes longer.
+    statements += [f"SET LOCAL {name} = '{value}'" for name, value in {**bounds, **_ALWAYS}.items()]
+    statements += [_LASTING if lasting else f"SET LOCAL {_SYNC} = off", _UNTIMED]
     try:
         connection.exec_driver_sql("; ".join(statements))
     except exc.DBAPIError as error:
@@ -145,49 +147,26 @@ def _begin(connection: sa.Connection, first: str | None, *, read_only: bool) -> 
 # Of what we commit others are told, in the bucket and at a terminal: it must not be forgotten, whatever the role's or
 # the database's default. Where that is not `off`, whether standbys are waited for is the operator's choice.
 _SYNC = "synchronous_commit"
-_WAITS = sa.case(
-    (~sa.bindparam("lasting", type_=sa.Boolean), "off"),
-    (sa.func.current_setting(_SYNC) == "off", "local"),
-    else_=sa.func.current_setting(_SYNC),
+_LASTING = f"SELECT set_config('{_SYNC}', 'local', true) WHERE current_setting('{_SYNC}') = 'off'"
+# Each statement of ours has its bound, and the app's short transactions are no measure. PostgreSQL 17 brought it.
+_UNTIMED = (
+    "SELECT set_config(name, '0', true) FROM (VALUES ('transaction_timeout')) AS one (name) "
+    "WHERE current_setting(name, true) IS NOT NULL"
 )
-
-# Session-wide SET would leak through a transaction-pooling proxy; the third argument keeps each local.
-_BOUNDS = sa.select(
-    *(
-        sa.func.set_config(name, sa.bindparam(name), True)
-        for name in (
-            "lock_timeout",
-            "statement_timeout",
-            "idle_in_transaction_session_timeout",
-            "transaction_read_only",
-        )
-    ),
-    sa.func.set_config(_SYNC, _WAITS, True),
-    # Each statement of ours has its bound, and the app's short transactions are no measure. PostgreSQL 17 brought it.
-    sa.case(
-        (
-            sa.func.current_setting("transaction_timeout", True).is_not(None),
-            sa.func.set_config("transaction_timeout", "0", True),
-        )
-    ),
-    # Values become text in archive objects, marks and digests: the same text, whatever the role's own settings are.
-    *(
-        sa.func.set_config(name, value, True)
-        for name, value in (
-            ("timezone", "UTC"),
-            ("datestyle", "ISO, YMD"),
-            ("intervalstyle", "postgres"),
-            ("extra_float_digits", "1"),
-            ("bytea_output", "hex"),
-            ("lc_monetary", "C"),
-            # A row that a policy hides from us is an error: it may be what says that another must stay.
-            ("row_security", "off"),
-            ("jit", "off"),
-            # Rows are taken by their places: without it each bite reads the whole table.
-            ("enable_tidscan", "on"),
-        )
-    ),
-)
+# Values become text in archive objects, marks and digests: the same text, whatever the role's own settings are.
+_ALWAYS = {
+    "timezone": "UTC",
+    "datestyle": "ISO, YMD",
+    "intervalstyle": "postgres",
+    "extra_float_digits": "1",
+    "bytea_output": "hex",
+    "lc_monetary": "C",
+    # A row that a policy hides from us is an error: it may be what says that another must stay.
+    "row_security": "off",
+    "jit": "off",
+    # Rows are taken by their places: without it each bite reads the whole table.
+    "enable_tidscan": "on",
+}
 
 
 def _bounds(*, lock: float, statement: float, read_only: bool) -> dict[str, str]:

@@ -38,6 +38,7 @@ class Bench:
         self._servers, self._key = servers, key
         self.admin = servers.environment()["DATABASE_URL"]
         self._made: set[str] = set()
+        self._copies = 0
 
     def database(self, rows: int) -> dict[str, str]:
         """The environment of a fresh copy of a log of so many rows."""
@@ -58,8 +59,11 @@ class Bench:
             fill_in(url)
             self._made.add(template)
         copy_of(self.admin, template, "bench")
+        self._copies += 1
         return {
             **self._servers.environment("bench"),
+            # A copy lacks the receipts of the one before it.
+            "PAPERCLIP_WORKER_S3_PREFIX": f"copy-{self._copies}/",
             "PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(self._key),
             "PATH": "/usr/bin:/bin",
         }

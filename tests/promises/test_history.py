@@ -286,7 +286,7 @@ def test_a_bite_reads_of_a_policy_what_counts(released: Deployment) -> None:
         every = retention.versions(connection, table="activity_log")
         found = retention.counting(connection, "activity_log", now=now)
         assert retention.counting(connection, "plugin_logs", now=now) == []
-    assert sorted(policy.version for policy in found) == [3, 3, 5, 5]
+    assert sorted(policy.version for policy in found) == [3, 3, 4, 4, 5, 5]
     by_all, by_these = (
         (
             retention.cutoffs(some, settings, now=now, asked=None, default=default),

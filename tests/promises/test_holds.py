@@ -540,12 +540,13 @@ def test_bites_that_do_not_end_refuse_the_hold_rather_than_promise_it(
 
 
 def test_who_dies_with_the_lock_in_hand_is_cut_off(released: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also before the bounds of its transaction are set: a host that is gone after its first words."""
+    """A host that is gone after its first words."""
     monkeypatch.setattr(db, "_IDLE", "300ms")
     monkeypatch.setattr(holds, "EXCLUSIVE", holds.EXCLUSIVE.replace("60s", "5s"))
     with released.operations.engine.connect() as dead:
         dead.begin()
-        db._begin(dead, holds.SHARED, read_only=False)
+        bounds = db._bounds(lock=2, statement=30, read_only=False)
+        db._begin(dead, holds.SHARED, bounds, read_only=False, lasting=True)
         assert _hold(released, "table", "activity_log")
         dead.invalidate()
 
