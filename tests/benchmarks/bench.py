@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import boto3
 import psycopg
 import sqlalchemy as sa
 from psycopg import sql
@@ -37,7 +38,7 @@ class Bench:
     def __init__(self, servers: embedded.Embedded, key: Path) -> None:
         self._servers, self._key = servers, key
         self.admin = servers.environment()["DATABASE_URL"]
-        self._made: set[str] = set()
+        self._made: list[str] = []
         self._copies = 0
 
     def database(self, rows: int) -> dict[str, str]:
@@ -57,11 +58,15 @@ class Bench:
             ledger.init(engine)
             engine.dispose()
             fill_in(url)
-            self._made.add(template)
+            self._made.append(template)
         copy_of(self.admin, template, "bench")
         self._copies += 1
+        found = self._servers.environment("bench")
+        broker = found["PAPERCLIP_WORKER_BROKER_URL"].rpartition("/")[0]
         return {
-            **self._servers.environment("bench"),
+            **found,
+            # Each template has a ledger of its own, whose claim on a database of Redis stays.
+            "PAPERCLIP_WORKER_BROKER_URL": f"{broker}/{self._made.index(template)}",
             # A copy lacks the receipts of the one before it.
             "PAPERCLIP_WORKER_S3_PREFIX": f"copy-{self._copies}/",
             "PAPERCLIP_WORKER_SIGNING_KEY_FILE": str(self._key),
@@ -220,6 +225,18 @@ def say(capsys: Any, text: str) -> None:
     """Print past pytest's capture: the numbers are the product of a benchmark."""
     with capsys.disabled():
         print("  " + text, flush=True)  # noqa: T201 - its product
+
+
+def forget(environment: dict[str, str]) -> None:
+    """Take the receipts out of the bucket: the database goes back to before them, and no run would begin."""
+    found = boto3.resource(
+        "s3",
+        endpoint_url=environment["PAPERCLIP_STORAGE_S3_ENDPOINT"],
+        region_name=environment["PAPERCLIP_STORAGE_S3_REGION"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+    ).Bucket(environment["PAPERCLIP_WORKER_S3_BUCKET"])
+    found.objects.filter(Prefix=f"{environment['PAPERCLIP_WORKER_S3_PREFIX']}receipts/").delete()
 
 
 def copy_of(admin_url: str, template: str, name: str) -> None:

@@ -57,6 +57,7 @@ def test_restore(large: bench.Bench, tmp_path: Path, capsys: Any) -> None:
         assert rows >= bench.MILLION / 2
         limits.append(rows / seconds)
         bench.copy_of(large.admin, "pruned", "bench")
+        bench.forget(environment)
         with bench.Worker(environment) as worker:
             began = time.perf_counter()
             result = bench.cli(environment, "run", "restore-logs", "--run", pruned["run"], "--json")
