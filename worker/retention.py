@@ -100,11 +100,12 @@ def versions(connection: sa.Connection, *, table: str | None = None) -> list[Pol
 
 def _counting() -> sa.Select[Any]:
     later = POLICIES.alias("later")
-    # Hashed, which IS NOT DISTINCT FROM cannot be.
+    # For the server to hash, which it cannot by IS NOT DISTINCT FROM alone.
     whose = (sa.func.coalesce(one.c.company, _EVERY) for one in (later, POLICIES))
     replaced = sa.exists(later.c.version).where(
         later.c.table == POLICIES.c.table,
         eq(*whose),
+        later.c.company.is_not_distinct_from(POLICIES.c.company),
         later.c.version > POLICIES.c.version,
         later.c.created_at <= sa.bindparam("now"),
     )

@@ -281,12 +281,13 @@ def test_a_bite_reads_of_a_policy_what_counts(released: Deployment) -> None:
     )
     for version, days in enumerate((40, 30, 20, -1, -2), 1):
         released.query(insert, version, version * 86400 * 100, now - timedelta(days=days), [None, company])
+    released.query(insert, 9, 86400 * 100, now - timedelta(days=1), [UUID(int=0)])
     settings, default = released.operations.settings, timedelta(days=90)
     with released.operations.transaction(read_only=True) as connection:
         every = retention.versions(connection, table="activity_log")
         found = retention.counting(connection, "activity_log", now=now)
         assert retention.counting(connection, "plugin_logs", now=now) == []
-    assert sorted(policy.version for policy in found) == [3, 3, 4, 4, 5, 5]
+    assert sorted(policy.version for policy in found) == [3, 3, 4, 4, 5, 5, 9]
     by_all, by_these = (
         (
             retention.cutoffs(some, settings, now=now, asked=None, default=default),
