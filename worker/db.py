@@ -108,7 +108,7 @@ def transaction(
     done = False
     try:
         with translated(), on.connect() as connection, connection.begin():
-            bounds = _bounds(lock=lock, statement=statement, read_only=read_only)
+            bounds = _bounds(lock=lock, statement=statement)
             _begin(connection, first, bounds, read_only=read_only, lasting=lasting)
             yield connection
             done = not read_only
@@ -127,7 +127,7 @@ def _begin(
 ) -> None:
     """What a transaction begins with, in one message. DatabaseGone on a standby, unless it is only read."""
     # What the role or database has as its default does not count.
-    statements = [] if read_only else ["SET TRANSACTION READ WRITE"]
+    statements = ["SET TRANSACTION READ ONLY" if read_only else "SET TRANSACTION READ WRITE"]
     # Before it takes the snapshot, and waits for a lock as long as that takes.
     statements += [first] if first else []
     # Session-wide SET would leak through a transaction-pooling proxy. One query that sets them all takes longer.
@@ -169,13 +169,12 @@ _ALWAYS = {
 }
 
 
-def _bounds(*, lock: float, statement: float, read_only: bool) -> dict[str, str]:
+def _bounds(*, lock: float, statement: float) -> dict[str, str]:
     return {
         "lock_timeout": f"{max(1, round(lock * 1000))}ms",
         "statement_timeout": f"{max(1, round(statement * 1000))}ms",
         # An upload may stand between two statements; a worker that died is still cut off.
         "idle_in_transaction_session_timeout": _IDLE,
-        "transaction_read_only": "on" if read_only else "off",
     }
 
 

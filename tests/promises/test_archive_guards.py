@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
 
 from tests.conftest import Deployment
+from tests.promises import explained
 from tests.promises.board import Board
 from worker.layouts import LAYOUTS
 
@@ -341,13 +340,6 @@ def test_many_ended_tasks_below_one_are_looked_at_once_each(released: Deployment
     query = sa.select(sa.func.count()).select_from(LAYOUTS["paperclip"].tasks.table).where(~keep.rows)
     text = query.compile(dialect=released.operations.engine.dialect, compile_kwargs={"literal_binds": True})
     with released.operations.engine.connect() as connection:
-        explained = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {text}").scalar_one()
-    nodes = list(_nodes(explained[0]["Plan"]))
+        nodes = list(explained.nodes(explained.plan(connection, str(text))))
     assert sum(one["Actual Rows"] * one["Actual Loops"] for one in nodes if "Relation Name" in one) < 6 * many
     assert {one["Plan Rows"] < 10_000 for one in nodes if one["Node Type"] == "Recursive Union"} == {True}
-
-
-def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for one in plan.get("Plans", ()):
-        yield from _nodes(one)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -14,6 +14,7 @@ from tasks.prune_logs import PruneLogs
 from tests.conftest import Deployment
 from tests.contract.test_upgrade import _make as make_ledger
 from tests.faults.evidence import begin, check_sums
+from tests.promises import explained
 from worker import ledger, ledger_shards, metrics, progress, retention, standing, sums, timetable
 from worker.errors import Refused
 from worker.job import Shard
@@ -31,7 +32,9 @@ def _read(deployment: Deployment, act: Act) -> float:
     """The blocks, or where these are more the rows of runs and shards, that the statements of an act look at."""
     plans = _plans(deployment, act)
     blocks: float = sum(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] for plan in plans)
-    of_ours = [node for plan in plans for node in _nodes(plan) if node.get("Relation Name") in {"runs", "shards"}]
+    of_ours = [
+        node for plan in plans for node in explained.nodes(plan) if node.get("Relation Name") in {"runs", "shards"}
+    ]
     rows: float = sum(
         (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"] for node in of_ours
     )
@@ -54,19 +57,7 @@ def _plans(deployment: Deployment, act: Act) -> list[dict[str, Any]]:
         finally:
             sa.event.remove(engine, "before_cursor_execute", note)
         assert found
-        return [_plan(connection, *one) for one in found]
-
-
-def _plan(connection: sa.Connection, statement: str, parameters: Any) -> dict[str, Any]:
-    explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}"
-    found: dict[str, Any] = connection.exec_driver_sql(explain, parameters).scalar_one()[0]["Plan"]
-    return found
-
-
-def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for below in plan.get("Plans", ()):
-        yield from _nodes(below)
+        return [explained.plan(connection, *one) for one in found]
 
 
 def _settled(deployment: Deployment, *, more: str = ", in_sums", said: str = ", true") -> None:
@@ -191,7 +182,7 @@ def test_nor_does_a_scrape_after_an_upgrade(
     ledger.init(deployment.operations.engine)
     assert _read(deployment, sums.read) < FEW
     (plan,) = _plans(deployment, sums.read)
-    assert max(node["Plan Rows"] for node in _nodes(plan) if node.get("Relation Name") == "runs") < FEW
+    assert max(node["Plan Rows"] for node in explained.nodes(plan) if node.get("Relation Name") == "runs") < FEW
     assert {one.amount for one in _sums(deployment) if one.kind == "runs"} == {1_000}
 
 

@@ -545,7 +545,7 @@ def test_who_dies_with_the_lock_in_hand_is_cut_off(released: Deployment, monkeyp
     monkeypatch.setattr(holds, "EXCLUSIVE", holds.EXCLUSIVE.replace("60s", "5s"))
     with released.operations.engine.connect() as dead:
         dead.begin()
-        bounds = db._bounds(lock=2, statement=30, read_only=False)
+        bounds = db._bounds(lock=2, statement=30)
         db._begin(dead, holds.SHARED, bounds, read_only=False, lasting=True)
         assert _hold(released, "table", "activity_log")
         dead.invalidate()

@@ -8,6 +8,7 @@ from uuid import UUID
 import pytest
 
 from tests.cli.helpers import refused
+from tests.faults.evidence import check_anchored
 from tests.rotation import steps
 from tests.rotation.vault import Vault
 from worker import keyring
@@ -44,6 +45,22 @@ def test_back_and_forth_and_back_again(vault: Vault) -> None:
         "SELECT DISTINCT action FROM activity_log WHERE action LIKE 'maintenance.master%'"
     )
     assert {one for (one,) in actions} == {"maintenance.master_key_rotated", "maintenance.master_key_rolled_back"}
+
+
+def test_a_way_back_while_the_bucket_is_down(vault: Vault) -> None:
+    """As docs/rotate-master-key.md says: without a bucket, and the receipt goes there with the next run's."""
+    words = (*RUN, "--rollback", vault.run("--generate")["run"])
+    refused(
+        vault.deployment,
+        *words,
+        says="cannot be reached",
+        env={"PAPERCLIP_STORAGE_S3_ENDPOINT": "http://127.0.0.1:9"},
+    )
+    vault.deployment.cli(*words, env={"PAPERCLIP_WORKER_S3_BUCKET": ""})
+    assert vault.now == vault.key
+    assert vault.opened(vault.key) == vault.held
+    vault.run("--generate")
+    check_anchored(vault.deployment)
 
 
 def test_two_rotations_are_undone_in_their_order(vault: Vault) -> None:
