@@ -120,6 +120,15 @@ def test_a_default_of_reading_only_does_not_bind_the_worker(released: Deployment
     _reset(released)
 
 
+def test_a_look_writes_nothing_whatever_the_default(released: Deployment) -> None:
+    """As plan, verify and whatever else only reads begin theirs."""
+    with (
+        pytest.raises(Refused, match=r"SQLSTATE 25006"),
+        released.operations.transaction(read_only=True) as connection,
+    ):
+        connection.exec_driver_sql("UPDATE companies SET name = 'other'")
+
+
 def test_a_transaction_has_settings_of_its_own_whatever_the_database_has(released: Deployment) -> None:
     """Each decides how a value becomes text, what is seen, or how long a plan takes to make."""
     others = {
